@@ -1,0 +1,168 @@
+"""How many calls were served and how many went to stock, and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+__all__ = [
+    "DispatchCounts",
+    "OpCounter",
+    "OpCounts",
+    "counter_of",
+    "dispatch_counts",
+    "reset_dispatch_counts",
+]
+
+_logger = logging.getLogger("flash_attention_registry.sdpa")
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Give a forked child a lock that no thread of its parent holds."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@dataclass(frozen=True, slots=True)
+class OpCounts:
+    """Calls of one aten op that reached a kernel set.
+
+    Attributes:
+        served: Calls that the kernel set ran.
+        declined: Calls that went to stock, by reason.
+    """
+
+    served: int = 0
+    declined: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def total_declined(self) -> int:
+        """Calls that went to stock, for whatever reason."""
+        return sum(self.declined.values())
+
+
+class DispatchCounts(Mapping[str, OpCounts]):
+    """A snapshot: counts by aten op, for every op that has a router.
+
+    Calls that find no kernel set installed are not counted.
+    """
+
+    def __init__(self, counts: Mapping[str, OpCounts]) -> None:
+        """Hold a snapshot of `counts`."""
+        self._counts = dict(counts)
+
+    def __getitem__(self, op: str) -> OpCounts:
+        """Counts of one op, by its name without `aten::`."""
+        return self._counts[op]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the ops."""
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        """Number of ops."""
+        return len(self._counts)
+
+    @property
+    def served(self) -> int:
+        """Served calls of all ops."""
+        return sum(counts.served for counts in self._counts.values())
+
+    @property
+    def declined(self) -> int:
+        """Calls of all ops that went to stock."""
+        return sum(counts.total_declined for counts in self._counts.values())
+
+    def __str__(self) -> str:
+        """One line per op that was called, one per reason below it."""
+        lines = []
+        for op, counts in self._counts.items():
+            if counts.served or counts.declined:
+                lines.append(f"{op}: {counts.served} served, {counts.total_declined} on stock")
+                lines += [f"  {number} on stock: {why}" for why, number in counts.declined.items()]
+        return "\n".join(lines) if lines else "no calls"
+
+
+class OpCounter:
+    """Counts calls of one op. Safe from any thread: adding one is no atomic step in Python."""
+
+    __slots__ = ("_declined", "_failures", "_logged", "_served", "op")
+
+    def __init__(self, op: str) -> None:
+        """Start at zero for `op`."""
+        self.op = op
+        self._served = 0
+        self._declined: dict[str, int] = {}
+        self._logged: set[str] = set()
+        self._failures: set[tuple[str, type[Exception]]] = set()
+
+    def count_served(self) -> None:
+        """Count a call that a kernel set ran."""
+        with _lock:
+            self._served += 1
+
+    def count_declined(self, reason: str) -> None:
+        """Count a call that goes to stock, and log its reason the first time."""
+        with _lock:
+            self._declined[reason] = self._declined.get(reason, 0) + 1
+            if reason in self._logged:
+                return
+            self._logged.add(reason)
+        _logger.info("aten::%s runs on stock: %s", self.op, reason)
+
+    def reason_of_failure(self, kernel_set: str, error: Exception) -> str:
+        """The reason to count for a kernel set that raised; warn the first time of its kind."""
+        kind = (kernel_set, type(error))
+        with _lock:
+            known = kind in self._failures
+            self._failures.add(kind)
+        if not known:
+            warnings.warn(
+                f"{kernel_set} raised {type(error).__name__} in aten::{self.op}, and this call "
+                f"ran on torch's own kernel instead: {error}. Further {type(error).__name__} "
+                "there are counted by dispatch_counts() and not warned of.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return f"kernel raised {type(error).__name__}"
+
+    def counts(self) -> OpCounts:
+        """The counts so far; the caller holds the lock."""
+        return OpCounts(self._served, MappingProxyType(dict(self._declined)))
+
+    def reset(self) -> None:
+        """Back to zero; the caller holds the lock. What was logged or warned of stays so."""
+        self._served = 0
+        self._declined = {}
+
+
+_counters: dict[str, OpCounter] = {}
+
+
+def counter_of(op: str) -> OpCounter:
+    """The one counter of `op`, made at the first request."""
+    with _lock:
+        return _counters.setdefault(op, OpCounter(op))
+
+
+def dispatch_counts() -> DispatchCounts:
+    """Calls served and declined since the start or the last reset, by aten op."""
+    with _lock:
+        return DispatchCounts({op: counter.counts() for op, counter in _counters.items()})
+
+
+def reset_dispatch_counts() -> None:
+    """Set every count to zero."""
+    with _lock:
+        for counter in _counters.values():
+            counter.reset()
