@@ -1,0 +1,168 @@
+"""Implementations that installed distributions offer through entry points.
+
+A distribution offers one by an entry point in group `ENTRY_POINT_GROUP`::
+
+    [project.entry-points."flash_attention_registry.providers.v1"]
+    my-impl = "my_package:register"
+
+The entry point's name is the implementation's. Its value names a callable without arguments, in a
+module that is cheap to import, that calls `register_flash_attention_impl("my-impl", ...)`. Names,
+distributions and versions are read without importing anything of the provider.
+"""
+
+from __future__ import annotations
+
+import _thread  # threading would double the time that importing this package takes
+
+from flash_attention_registry.errors import describe
+from flash_attention_registry.fork import ForkSensitive
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from importlib.metadata import EntryPoint
+
+PROVIDER_API = 1
+"""What a provider's callable may rely on; changes only when that does."""
+
+ENTRY_POINT_GROUP = f"flash_attention_registry.providers.v{PROVIDER_API}"
+"""The entry-point group that providers declare."""
+
+
+class ProviderEntry:
+    """One entry point as it was found; never changed.
+
+    Attributes:
+        name: The implementation's name.
+        value: The object reference, such as ``"my_package:register"``.
+        distribution: The distribution that declares it, or None if its metadata does not say.
+        version: That distribution's version, or None.
+    """
+
+    __slots__ = ("_point", "distribution", "name", "value", "version")
+
+    def __init__(self, point: EntryPoint) -> None:
+        """Read what the metadata says about `point`."""
+        self._point = point
+        self.name = point.name
+        self.value = point.value
+        self.distribution, self.version = _origin(point)
+
+    def register(self) -> None:
+        """Import the provider and let it register its implementation."""
+        self._point.load()()
+
+    def origin(self) -> str:
+        """Return who offers it, such as ``"my-package 1.2.0"``."""
+        return (
+            f"{self.distribution or 'a distribution without a name'} {self.version or ''}".strip()
+        )
+
+
+class Discovery(ForkSensitive):
+    """What is offered, what of it was loaded, and what of it could not be.
+
+    Entry points are scanned once, at the first question; `refresh` forgets the scan. Loading is
+    one thread's work at a time, and never part of a transition.
+    """
+
+    def __init__(self, group: str = ENTRY_POINT_GROUP) -> None:
+        """Prepare to look into `group`; nothing is read yet."""
+        super().__init__()
+        self._group = group
+        self.refresh()
+
+    def renew(self) -> None:
+        """Make a free lock and forget a loading that another thread had begun."""
+        # Reentrant because a provider's callable may ask the registry what there is.
+        self._lock = _thread.RLock()
+        self._loading: dict[str, int] = {}
+
+    def refresh(self) -> None:
+        """Forget the scan and every failed loading: the next question reads the metadata again."""
+        self._entries: dict[str, ProviderEntry] | None = None
+        self._failures: dict[str, str] = {}
+
+    def entries(self) -> dict[str, ProviderEntry]:
+        """Return what is offered, by name, without importing it. Not to be changed."""
+        # Without the lock, here and in forget: a thread in a transition must not wait for a thread
+        # that loads a provider, because that one waits for the transition in order to register.
+        entries = self._entries
+        if entries is None:
+            entries = self._entries = _scan(self._group)
+        return entries
+
+    def failure(self, name: str) -> str | None:
+        """Return why the entry point of that name could not be loaded, or None."""
+        return self._failures.get(name)
+
+    def load(self, name: str, is_registered: Callable[[str], bool]) -> None:
+        """Import the provider of `name` and let it register, unless that has been settled.
+
+        A provider that fails is noted for `failure` and never raises here.
+
+        Args:
+            name: The name of an entry point that was found.
+            is_registered: Tells whether an implementation is registered. What is registered
+                already, by an explicit call, wins over an entry point not yet loaded.
+        """
+        with self._lock:
+            entry = self.entries().get(name)
+            if entry is None or name in self._failures or name in self._loading:
+                return
+            if is_registered(name):
+                return
+            self._loading[name] = _thread.get_ident()
+            try:
+                entry.register()
+            except Exception as error:
+                failure = f"{entry.value} of {entry.origin()} raised {describe(error)}"
+            else:
+                failure = (
+                    ""
+                    if is_registered(name)
+                    else (f"{entry.value} of {entry.origin()} ran without registering {name!r}")
+                )
+            finally:
+                del self._loading[name]
+            if failure:
+                self._failures[name] = failure
+
+    def being_loaded(self, name: str) -> ProviderEntry | None:
+        """Return the entry point of that name if the calling thread is loading it now."""
+        if self._loading.get(name) != _thread.get_ident():
+            return None
+        return self.entries().get(name)
+
+    def forget(self, name: str) -> None:
+        """Leave that entry point out until the next `refresh`."""
+        self._entries = {k: v for k, v in self.entries().items() if k != name}
+        self._failures.pop(name, None)
+
+    def save(self) -> tuple[dict[str, ProviderEntry] | None, dict[str, str]]:
+        """Return the scan and the failures, for `restore`."""
+        return self._entries, dict(self._failures)
+
+    def restore(self, saved: tuple[dict[str, ProviderEntry] | None, dict[str, str]]) -> None:
+        """Go back to what `save` returned."""
+        self._entries, self._failures = saved[0], dict(saved[1])
+
+
+def _origin(point: EntryPoint) -> tuple[str | None, str | None]:
+    """Return the distribution's name and version, both None if its metadata cannot be read."""
+    if point.dist is None:
+        return None, None
+    try:
+        return point.dist.name, point.dist.version
+    except Exception:  # one damaged installation must not hide every other implementation
+        return None, None
+
+
+def _scan(group: str) -> dict[str, ProviderEntry]:
+    """Read the entry points of `group`; of two with one name the first on `sys.path` counts."""
+    from importlib.metadata import entry_points  # 30 to 40 ms that most processes need not pay
+
+    found: dict[str, ProviderEntry] = {}
+    for point in entry_points(group=group):
+        found.setdefault(point.name, ProviderEntry(point))
+    return found

@@ -1,0 +1,78 @@
+"""The exceptions and the warning of this package.
+
+Every message says what was asked, what was found and what to do. Exceptions carry text and plain
+data only: a handle or a traceback hung on one would keep kernels alive for as long as somebody
+keeps the exception, and would keep it from crossing a process border.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class FlashAttentionRegistryError(Exception):
+    """The base of every exception that this package defines."""
+
+
+class UnknownImplError(FlashAttentionRegistryError, ValueError):
+    """A name was asked for that is neither an implementation nor a family."""
+
+
+class NotRegisteredError(FlashAttentionRegistryError, KeyError):
+    """A name was to be unregistered that is not registered."""
+
+    def __str__(self) -> str:
+        """Return the message itself; `KeyError` would show it quoted."""
+        return str(self.args[0]) if self.args else ""
+
+
+class ImplUnavailableError(FlashAttentionRegistryError, RuntimeError):
+    """An implementation exists but cannot run here; the message gives its reason."""
+
+
+class FamilyUnavailableError(ImplUnavailableError):
+    """No member of a family could be activated.
+
+    Attributes:
+        reasons: For each member, by name, why it was not taken.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
+        """Keep the message and a copy of the reasons."""
+        super().__init__(message)
+        self.reasons: dict[str, str] = dict(reasons or {})
+
+
+class HandleError(FlashAttentionRegistryError, TypeError):
+    """A `register_fn` returned something that is neither None nor has a callable `remove`."""
+
+
+class RestoreError(FlashAttentionRegistryError, RuntimeError):
+    """The `remove()` of an implementation that was left raised; the transition itself took place.
+
+    The exception that `remove()` raised is the `__cause__`.
+    """
+
+
+class ReentrantTransitionError(FlashAttentionRegistryError, RuntimeError):
+    """The registry was asked to change by code that it was calling during a change."""
+
+
+class RegistryWarning(UserWarning):
+    """The category of every warning that the registry gives."""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add `note` to `error`; on Python 3.10 it is kept where later versions keep theirs."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        vars(error).setdefault("__notes__", []).append(note)
+
+
+def describe(error: BaseException) -> str:
+    """Return `error` as one piece of text, such as ``"ImportError: no module named x"``."""
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

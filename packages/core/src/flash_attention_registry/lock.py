@@ -1,0 +1,132 @@
+"""One transition at a time: the lock, who holds it, and what is said when it is released."""
+
+from __future__ import annotations
+
+import _thread  # threading would double the time that importing this package takes
+import sys
+import warnings
+
+from flash_attention_registry.errors import (
+    ReentrantTransitionError,
+    RegistryWarning,
+    add_note,
+)
+from flash_attention_registry.fork import ForkSensitive
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+class TransitionLock(ForkSensitive):
+    """The lock round every change of a registry.
+
+    Other threads wait for it; the thread that holds it is refused with
+    `ReentrantTransitionError`, where a plain lock would hang and a reentrant one would let a
+    half-made change be changed again. In a forked child it is new and free: the thread that held
+    it does not exist there.
+    """
+
+    def renew(self) -> None:
+        """Make a free lock that nobody holds."""
+        self._lock = _thread.allocate_lock()
+        self._owner: int | None = None
+        self._doing = ""
+
+    def refuse_reentry(self, wanted: str) -> None:
+        """Raise if the calling thread is inside a transition.
+
+        Args:
+            wanted: What the caller wants to do, as in "activate 'fa4-triton'".
+
+        Raises:
+            ReentrantTransitionError: The calling thread holds the lock.
+        """
+        if self._owner == _thread.get_ident():
+            raise ReentrantTransitionError(
+                f"Cannot {wanted}: this thread is in the middle of another transition "
+                f"({self._doing}). A register_fn, prepare, remove, availability or recommended "
+                f"callable, or a transition listener, must not change or load the registry; "
+                f"do it after that call has returned."
+            )
+
+    def hold(self, doing: str) -> Turn:
+        """Return a context manager that holds the lock while `doing` is done."""
+        return Turn(self, doing)
+
+    def _acquire(self, doing: str) -> _thread.LockType:
+        self.refuse_reentry(doing)
+        lock = self._lock
+        lock.acquire()
+        self._owner = _thread.get_ident()
+        self._doing = doing
+        return lock
+
+    def _release(self, lock: _thread.LockType) -> None:
+        self._owner = None
+        lock.release()  # the one that was acquired: after a fork inside the turn, another is in use
+
+
+class Turn:
+    """One holding of the lock, and what has to be said once it is free again.
+
+    Warnings wait until then because a filter may turn them into exceptions, which must not
+    interrupt a transition half way.
+    """
+
+    def __init__(self, lock: TransitionLock, doing: str) -> None:
+        """Remember what to hold; nothing is acquired before the block is entered."""
+        self._transition_lock = lock
+        self._doing = doing
+        self._warnings: list[str] = []
+        self._error: Exception | None = None
+
+    def warn(self, text: str) -> None:
+        """Give a `RegistryWarning` when the turn is over."""
+        self._warnings.append(text)
+
+    def raise_after(self, error: Exception) -> None:
+        """Raise `error` when the turn is over; if the turn raises, `error` is a note of that."""
+        self._error = error
+
+    def __enter__(self) -> Turn:
+        """Acquire the lock.
+
+        Raises:
+            ReentrantTransitionError: The calling thread holds it already.
+        """
+        self._held = self._transition_lock._acquire(self._doing)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release the lock, then warn, then raise what was to be raised afterwards."""
+        self._transition_lock._release(self._held)
+        try:
+            for text in self._warnings:
+                _warn_caller(text)
+        finally:
+            if self._error is not None:
+                if exc is None:
+                    raise self._error
+                add_note(exc, str(self._error))
+
+
+def _warn_caller(text: str) -> None:
+    """Warn as if from the line outside this package that called into it."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, RegistryWarning, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module == _PACKAGE or module.startswith(_PACKAGE + ".")

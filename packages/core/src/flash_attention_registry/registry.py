@@ -1,0 +1,297 @@
+"""The registry: which implementations there are, and which one is active."""
+
+from __future__ import annotations
+
+from flash_attention_registry import families
+from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.errors import (
+    ImplUnavailableError,
+    NotRegisteredError,
+    UnknownImplError,
+    add_note,
+)
+from flash_attention_registry.lock import TransitionLock
+from flash_attention_registry.registration import Registration
+from flash_attention_registry.slot import Slot
+from flash_attention_registry.snapshot import RegistrySnapshot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from flash_attention_registry.handle import FlashAttentionHandle
+    from flash_attention_registry.lock import Turn
+    from flash_attention_registry.registration import ReasonCheck, RegisterFn
+    from flash_attention_registry.report import ImplReport
+    from flash_attention_registry.slot import Active, Listener, ListenerHandle
+
+
+class Registry:
+    """The implementations that can be activated, at most one of them active.
+
+    Whatever goes wrong in a change, the implementation that was active before is active and
+    working afterwards. One change happens at a time; other threads wait. Questions (`names`,
+    `current`) take no lock and see the last complete change.
+
+    The process has one, `default_registry()`, on which the functions of the package act. Others
+    are of use in tests.
+
+    Attributes:
+        discovery: The implementations that installed distributions offer.
+    """
+
+    def __init__(self, discovery: Discovery | None = None) -> None:
+        """Make a registry in which nothing is registered and nothing is active.
+
+        Args:
+            discovery: Where to look for installed providers; the default is the entry-point group.
+        """
+        self.discovery = discovery if discovery is not None else Discovery()
+        self._lock = TransitionLock()
+        self._slot = Slot()
+        self._registrations: dict[str, Registration] = {}  # replaced, never changed
+
+    # Registering
+
+    def register(
+        self,
+        impl: str,
+        *,
+        register_fn: RegisterFn,
+        family: str | None = None,
+        priority: int = 0,
+        availability: ReasonCheck | None = None,
+        recommended: ReasonCheck | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        """See `register_flash_attention_impl`."""
+        entry = self.discovery.being_loaded(impl) if isinstance(impl, str) else None
+        registration = Registration(
+            impl,
+            register_fn=register_fn,
+            family=family,
+            priority=priority,
+            availability=availability,
+            recommended=recommended,
+            prepare=prepare,
+            entry=entry,
+        )
+        with self._lock.hold(f"register {impl!r}"):
+            if entry is not None and impl in self._registrations:
+                return  # a direct call came first, and wins
+            self._registrations = {**self._registrations, impl: registration}
+
+    def unregister(self, impl: str) -> None:
+        """See `unregister_flash_attention_impl`."""
+        with self._lock.hold(f"unregister {impl!r}") as turn:
+            if impl not in self.names():
+                raise NotRegisteredError(
+                    f"Cannot unregister flash attention impl {impl!r}: it is not registered. "
+                    f"Registered implementations: {self.names()}"
+                )
+            self._drop(impl, turn)
+            self.discovery.forget(impl)
+
+    def _drop(self, impl: str, turn: Turn) -> None:
+        """Take `impl` out of the registrations, restoring stock kernels first if it is active."""
+        if self._slot.name() == impl:
+            self._slot.put(None, turn)
+        self._registrations = {k: v for k, v in self._registrations.items() if k != impl}
+
+    # Asking
+
+    def names(self) -> list[str]:
+        """See `list_flash_attention_impls`."""
+        return sorted({*self._registrations, *self.discovery.entries()})
+
+    def current(self) -> str | None:
+        """See `current_flash_attention_impl`."""
+        return self._slot.name()
+
+    def stuck_handles(self) -> tuple[FlashAttentionHandle, ...]:
+        """Return the handles whose `remove()` raised; their kernels may still be installed."""
+        return self._slot.stuck
+
+    def explain(self) -> tuple[ImplReport, ...]:
+        """See `explain_flash_attention_impls`."""
+        from flash_attention_registry.report import report_on  # dataclasses: only who asks pays
+
+        self._load(self.discovery.entries(), "explain the implementations")
+        with self._lock.hold("explain the implementations"):
+            return tuple(
+                report_on(
+                    name,
+                    self._registrations.get(name),
+                    self.discovery.entries().get(name),
+                    not_loaded=self._why_not_loaded(name),
+                    active=name == self._slot.name(),
+                )
+                for name in self.names()
+            )
+
+    def add_listener(self, listener: Listener) -> ListenerHandle:
+        """See `add_transition_listener`."""
+        return self._slot.add_listener(listener)
+
+    # Changing what is active
+
+    def activate(self, impl: str) -> None:
+        """See `activate_flash_attention_impl`."""
+        self._load_for(impl)
+        with self._lock.hold(f"activate {impl!r}") as turn:
+            self._activate(impl, turn)
+
+    def restore(self) -> None:
+        """See `restore_flash_attention_impl`."""
+        with self._lock.hold("restore stock kernels") as turn:
+            if self._slot.active is None:
+                turn.warn("No flash attention impl is active: there is nothing to restore.")
+                return
+            self._slot.put(None, turn)
+
+    def enter(self, impl: str) -> Active | None:
+        """Activate `impl`; return what was active before, for `leave`.
+
+        If this raises, what was active before is active again.
+        """
+        self._load_for(impl)
+        activated = False
+        try:
+            with self._lock.hold(f"activate {impl!r}") as turn:
+                previous = self._slot.active
+                self._activate(impl, turn)
+                activated = True
+        except BaseException:
+            if activated:  # raised afterwards: a RestoreError, or a warning turned into an error
+                self.leave(previous)
+            raise
+        return previous
+
+    def leave(self, previous: Active | None) -> None:
+        """Make active again what `enter` returned; stock kernels if that cannot be."""
+        with self._lock.hold("return to the previous implementation") as turn:
+            self._return_to(previous, turn)
+
+    def _return_to(self, previous: Active | None, turn: Turn) -> None:
+        now = self._slot.active
+        if now is previous:
+            return
+        target = None
+        if previous is not None:
+            name = previous.registration.name
+            target = self._registrations.get(name)
+            if target is None:
+                turn.warn(
+                    f"Cannot return to flash attention impl {name!r}: it was unregistered in the "
+                    f"meantime. No implementation is active: stock kernels run."
+                )
+        if target is not None and now is not None and now.registration is target:
+            return
+        try:
+            self._slot.put(target, turn)
+        except BaseException:
+            # The slot holds what is to be left; that must not outlive its scope.
+            self._slot.put(None, turn)
+            raise
+
+    def _activate(self, impl: str, turn: Turn) -> None:
+        """Activate an implementation by its exact name, or else the best member of a family."""
+        registration = self._registrations.get(impl)
+        if registration is not None:
+            self._activate_exactly(registration, turn)
+            return
+        if impl in self.discovery.entries():
+            raise ImplUnavailableError(
+                f"Flash attention impl {impl!r} is not available: {self._why_not_loaded(impl)}. "
+                f"Repair or uninstall that distribution. {self._slot.still()}"
+            )
+        members = families.members_of(impl, self._registrations.values())
+        if members:
+            families.activate_best(impl, members, self._slot, turn)
+            return
+        error = UnknownImplError(
+            f"Unknown flash attention impl '{impl}'. Available implementations: {self.names()}"
+        )
+        for name in self.discovery.entries():
+            if name not in self._registrations:
+                add_note(error, f"{name!r} could not be loaded: {self._why_not_loaded(name)}")
+        raise error
+
+    def _activate_exactly(self, registration: Registration, turn: Turn) -> None:
+        active = self._slot.active
+        if active is not None and active.registration is registration:
+            return
+        unavailable = registration.why_unavailable()
+        if unavailable is not None:
+            raise ImplUnavailableError(
+                f"Flash attention impl {registration.name!r} is not available: {unavailable}. "
+                f"{self._slot.still()}"
+            )
+        self._slot.put(registration, turn)
+
+    # Loading installed providers
+
+    def _load_for(self, impl: str) -> None:
+        """Load the provider of that name; all of them if it may be a family's name."""
+        if not isinstance(impl, str):
+            raise TypeError(
+                f"A flash attention impl is named by a str, but {impl!r} was given. "
+                f"Available implementations: {self.names()}"
+            )
+        if impl not in self._registrations:
+            entries = self.discovery.entries()
+            self._load([impl] if impl in entries else entries, f"activate {impl!r}")
+
+    def _load(self, names: Iterable[str], wanted: str) -> None:
+        # Outside the lock: a provider's callable must be free to register.
+        self._lock.refuse_reentry(wanted)
+        for name in tuple(names):
+            self.discovery.load(name, lambda name: name in self._registrations)
+            if self.discovery.failure(name) is not None:
+                self._drop_half_registered(name)
+
+    def _drop_half_registered(self, name: str) -> None:
+        """Take back what a provider registered before it failed."""
+        with self._lock.hold(f"load the provider of {name!r}") as turn:
+            registration = self._registrations.get(name)
+            if registration is not None and registration.entry is not None:
+                self._drop(name, turn)
+
+    def _why_not_loaded(self, name: str) -> str:
+        return self.discovery.failure(name) or "its provider has not registered it yet"
+
+    # For tests
+
+    def snapshot(self) -> RegistrySnapshot:
+        """Return everything that `reset` needs to go back to this moment."""
+        with self._lock.hold("take a snapshot"):
+            return RegistrySnapshot(
+                self._registrations,
+                self._slot.active,
+                self._slot.stuck,
+                dict(self._slot.listeners),
+                self.discovery.save(),
+            )
+
+    def reset(self, snapshot: RegistrySnapshot) -> None:
+        """Go back to the moment of `snapshot`.
+
+        What is active now is removed through its handle, and what was active then is installed
+        through its `register_fn`, unless it is the same. Registrations, listeners and the scan of
+        entry points are as they were.
+
+        Args:
+            snapshot: What `snapshot()` of this registry returned.
+        """
+        with self._lock.hold("reset the registry") as turn:
+            now = self._slot.active
+            target = None if snapshot.active is None else snapshot.active.registration
+            if now is not None and now.registration is not target:
+                self._slot.put(None, turn)
+            self._registrations = snapshot.registrations
+            self._slot.stuck = snapshot.stuck
+            self._slot.listeners.clear()
+            self._slot.listeners.update(snapshot.listeners)
+            self.discovery.restore(snapshot.discovery)
+            if target is not None and self._slot.active is None:
+                self._slot.put(target, turn)

@@ -1,0 +1,152 @@
+"""A pretend dispatcher, a registry of its own per test, and distributions that can be installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flash_attention_registry import Registry, default
+from flash_attention_registry.discovery import ENTRY_POINT_GROUP, Discovery
+
+
+class Library:
+    """Kernels that somebody installed; they run until they are removed or freed."""
+
+    def __init__(self, kernels: Kernels, name: str) -> None:
+        self.kernels = kernels
+        self.name = name
+        kernels.installed.append(name)
+
+    def remove(self) -> None:
+        self.kernels.removals.append(self.name)
+        self.kernels.installed.remove(self.name)
+
+
+class Kernels:
+    """What is installed, the newest last; stock kernels run where nothing is."""
+
+    def __init__(self) -> None:
+        self.installed: list[str] = []
+        self.removals: list[str] = []
+
+    @property
+    def running(self) -> str:
+        return self.installed[-1] if self.installed else "stock"
+
+    def installer(self, name: str) -> Callable[[], Library]:
+        """A `register_fn` that installs kernels of that name."""
+        return lambda: Library(self, name)
+
+    def installer_without_handle(self, name: str) -> Callable[[], None]:
+        return lambda: self.installed.append(name)
+
+    def installer_with_stuck_handle(self, name: str, error: BaseException) -> Callable[[], Library]:
+        class Stuck(Library):
+            def remove(self) -> None:
+                raise error
+
+        return lambda: Stuck(self, name)
+
+
+class FailsAfter:
+    """A callable that calls another one, and raises from a given call on."""
+
+    def __init__(self, calls: int, then: Callable[[], object], error: BaseException) -> None:
+        self.calls = calls
+        self.then = then
+        self.error = error
+
+    def __call__(self) -> object:
+        self.calls -= 1
+        if self.calls < 0:
+            raise self.error
+        return self.then()
+
+
+def fail(error: BaseException) -> Callable[[], object]:
+    """A callable that raises `error`."""
+
+    def failing() -> object:
+        raise error
+
+    return failing
+
+
+@pytest.fixture
+def kernels() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture
+def registry() -> Registry:
+    """A registry that sees no installed provider."""
+    return Registry(Discovery(group="nothing.is.declared.in.this.group"))
+
+
+@pytest.fixture
+def ab(registry: Registry, kernels: Kernels) -> Registry:
+    """A registry with the implementations `a`, which is active, and `b`."""
+    for name in "ab":
+        registry.register(name, register_fn=kernels.installer(name))
+    registry.activate("a")
+    return registry
+
+
+@pytest.fixture
+def failing() -> Callable[[BaseException], Callable[[], object]]:
+    return fail
+
+
+@pytest.fixture
+def fails_after() -> type[FailsAfter]:
+    return FailsAfter
+
+
+class Site:
+    """A folder on `sys.path` into which distributions are installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.modules: list[str] = []
+
+    def install(
+        self,
+        module: str,
+        source: str,
+        *,
+        provides: dict[str, str],
+        distribution: str | None = "some-dist",
+        version: str = "1.2.3",
+    ) -> None:
+        """Install a module, and a distribution whose entry points are `provides`."""
+        (self.folder / f"{module}.py").write_text(source)
+        self.modules.append(module)
+        info = self.folder / f"{module}-0.dist-info"
+        info.mkdir()
+        lines = [f"[{ENTRY_POINT_GROUP}]", *(f"{k} = {v}" for k, v in provides.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        if distribution is not None:
+            text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+            (info / "METADATA").write_text(text)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A place for distributions that is gone after the test, modules included."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    site = Site(tmp_path)
+    yield site
+    for module in site.modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def installed(site, monkeypatch):
+    """A registry, in the place of the process's own, that sees what is installed into `site`."""
+    registry = Registry()
+    monkeypatch.setattr(default, "_registry", registry)
+    assert default.default_registry() is registry
+    return registry

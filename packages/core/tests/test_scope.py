@@ -1,0 +1,153 @@
+"""`use`: back to the previous implementation, whatever happened in between."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from flash_attention_registry import RegistryWarning, RestoreError, UnknownImplError
+from flash_attention_registry.scope import ImplScope
+
+
+def test_the_scope_returns_to_the_previous_implementation(ab, kernels):
+    with ImplScope(ab, "b") as name:
+        assert (name, ab.current(), kernels.installed) == ("b", "b", ["b"])
+    assert (ab.current(), kernels.installed) == ("a", ["a"])
+
+
+def test_the_scope_returns_to_stock(ab, kernels):
+    ab.restore()
+    with ImplScope(ab, "b"):
+        pass
+    assert (ab.current(), kernels.running) == (None, "stock")
+
+
+def test_the_scope_gives_the_name_of_the_member_that_a_family_chose(registry, kernels):
+    registry.register("one", register_fn=kernels.installer("one"), family="FA4")
+    with ImplScope(registry, "FA4") as name:
+        assert name == "one"
+
+
+def test_the_scope_of_what_is_active_changes_nothing(ab, kernels):
+    with ImplScope(ab, "a"):
+        pass
+    assert (ab.current(), kernels.removals) == ("a", [])
+
+
+def test_an_error_in_the_block_passes_through(ab):
+    with pytest.raises(ZeroDivisionError), ImplScope(ab, "b"):
+        _ = 1 / 0
+    assert ab.current() == "a"
+
+
+@pytest.mark.parametrize("inside", ["activate", "restore", "previous again", "unregister own"])
+def test_the_scope_undoes_what_the_block_did(ab, kernels, inside):
+    ab.register("c", register_fn=kernels.installer("c"))
+    with ImplScope(ab, "b"):
+        if inside == "activate":
+            ab.activate("c")
+        elif inside == "restore":
+            ab.restore()
+        elif inside == "previous again":
+            ab.activate("a")
+        else:
+            ab.unregister("b")
+    assert (ab.current(), kernels.installed) == ("a", ["a"])
+
+
+def test_one_scope_may_be_nested_in_itself(ab):
+    scope = ImplScope(ab, "b")
+    with scope:
+        ab.restore()
+        with scope:
+            assert ab.current() == "b"
+        assert ab.current() is None
+    assert ab.current() == "a"
+
+
+def test_a_scope_that_cannot_be_entered_changes_nothing(ab, kernels):
+    with pytest.raises(UnknownImplError), ImplScope(ab, "c"):
+        pass
+    assert (ab.current(), kernels.removals) == ("a", [])
+
+
+def test_a_scope_whose_entry_fails_afterwards_goes_back(registry, kernels):
+    registry.register("s", register_fn=kernels.installer_with_stuck_handle("s", OSError("no")))
+    registry.register("b", register_fn=kernels.installer("b"))
+    registry.activate("s")
+    with pytest.raises(RestoreError), ImplScope(registry, "b"):
+        pass
+    assert (registry.current(), kernels.running) == ("s", "s")
+
+
+def test_a_scope_whose_entry_warns_an_error_goes_back(registry, kernels):
+    registry.register("n", register_fn=kernels.installer_without_handle("n"))
+    registry.register("b", register_fn=kernels.installer("b"))
+    registry.activate("n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RegistryWarning), ImplScope(registry, "b"):
+            pass
+    assert (registry.current(), kernels.running) == ("n", "n")
+
+
+def test_the_previous_implementation_is_taken_as_it_is_registered_now(ab, kernels):
+    with ImplScope(ab, "b"):
+        ab.register("a", register_fn=kernels.installer("a2"))
+    assert (ab.current(), kernels.running) == ("a", "a2")
+
+
+def test_if_the_previous_implementation_was_unregistered_stock_runs_and_a_warning_says_so(
+    ab, kernels
+):
+    with pytest.warns(RegistryWarning, match="'a'.*unregistered") as caught, ImplScope(ab, "b"):
+        ab.unregister("a")
+    assert (ab.current(), kernels.running) == (None, "stock")
+    assert caught[0].filename == __file__
+
+
+def test_if_the_previous_implementation_cannot_come_back_stock_runs(ab, kernels, failing):
+    with pytest.raises(OSError, match="gone"), ImplScope(ab, "b"):
+        ab.register("a", register_fn=failing(OSError("gone")))
+    assert (ab.current(), kernels.running) == (None, "stock")
+
+
+def test_if_the_previous_implementation_cannot_prepare_stock_runs(ab, kernels, failing):
+    with pytest.raises(OSError, match="gone"), ImplScope(ab, "b"):
+        ab.register("a", register_fn=lambda: None, prepare=failing(OSError("gone")))
+    assert (ab.current(), kernels.running) == (None, "stock")
+
+
+def test_everything_that_failed_on_the_way_back_is_said(ab, kernels, failing):
+    ab.register("s", register_fn=kernels.installer_with_stuck_handle("s", OSError("cannot go")))
+    with pytest.raises(ValueError, match="gone") as caught, ImplScope(ab, "s"):
+        ab.register("a", register_fn=failing(ValueError("gone")))
+    assert ab.current() is None
+    assert len(caught.value.__notes__) == 2  # s was stuck twice: on the switch, and on giving up
+    assert all("cannot go" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.filterwarnings("ignore::flash_attention_registry.RegistryWarning")
+def test_if_neither_can_come_back_stock_runs(ab, kernels, failing, fails_after):
+    ab.register("b", register_fn=fails_after(1, kernels.installer("b"), OSError("b is gone")))
+    heard = []
+    previous = ab.enter("b")
+    ab.register("a", register_fn=failing(ValueError("a is gone")))
+    ab.add_listener(lambda before, after: heard.append((before, after)))
+    with pytest.raises(ValueError, match="a is gone"):
+        ab.leave(previous)
+    assert (ab.current(), kernels.running, heard) == (None, "stock", [("b", None)])
+
+
+def test_leaving_does_not_touch_what_the_block_returned_to_itself(ab, kernels):
+    with ImplScope(ab, "b"):
+        ab.activate("a")
+        kernels.removals.clear()
+    assert (ab.current(), kernels.removals) == ("a", [])
+
+
+def test_what_was_active_all_along_stays_as_it_is_although_registered_again(ab, kernels):
+    with ImplScope(ab, "a"):
+        ab.register("a", register_fn=kernels.installer("a2"))
+    assert (ab.current(), kernels.running) == ("a", "a")
