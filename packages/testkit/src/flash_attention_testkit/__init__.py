@@ -1,0 +1,82 @@
+"""Testkit for providers of the flash-attention registry.
+
+The names below are imported when they are first used, because they need torch and every pytest
+run in this environment imports this package for its plugin.
+
+- ``reference_sdpa``: attention, log-sum-exp and gradients in float64.
+- ``faithful_sdpa``: the same with a kernel's roundings.
+- ``assert_sdpa_parity``, ``measure_sdpa_parity``: compare an implementation with both.
+- ``SdpaResult``, ``AttentionOptions``, ``ParityRule``, ``ParityReport``, ``TensorParity``: what
+  they take and return.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flash_attention_testkit.parity import (
+        ParityReport,
+        ParityRule,
+        TensorParity,
+        assert_sdpa_parity,
+        measure_sdpa_parity,
+    )
+    from flash_attention_testkit.reference import (
+        AttentionOptions,
+        SdpaResult,
+        faithful_sdpa,
+        reference_sdpa,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionOptions",
+    "ParityReport",
+    "ParityRule",
+    "SdpaResult",
+    "TensorParity",
+    "assert_sdpa_parity",
+    "faithful_sdpa",
+    "measure_sdpa_parity",
+    "reference_sdpa",
+]
+
+_MODULES = {
+    "AttentionOptions": "reference",
+    "SdpaResult": "reference",
+    "faithful_sdpa": "reference",
+    "reference_sdpa": "reference",
+    "ParityReport": "parity",
+    "ParityRule": "parity",
+    "TensorParity": "parity",
+    "assert_sdpa_parity": "parity",
+    "measure_sdpa_parity": "parity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs torch, which is not installed; "
+            'install it with: pip install "flash-attention-testkit[torch]"',
+            name="torch",
+        ) from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The lazy names too."""
+    return sorted({*globals(), *__all__})

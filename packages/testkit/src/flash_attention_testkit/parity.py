@@ -1,0 +1,203 @@
+"""Is a kernel as right as its precision allows? The two-sided rule.
+
+For every tensor, with ``err = |actual - exact|`` and ``ref = |faithful - exact|``:
+
+* ``max(err) <= k_max * max(ref) + eps(dtype) * max|exact|``: no element is far off;
+* ``rms(err) <= k_rms * rms(ref)``: and the whole is not worse than rounding explains.
+
+The first alone misses a softmax scale that is 1 % off, the second alone a single wrong element.
+An absolute tolerance does neither: loose enough for large inputs, it passes anything small.
+The log-sum-exp is fp32 whatever the inputs are and has its own limit, see ``ParityRule``. With
+few query rows the limits of dq and dk are somewhat wider, see ``few_rows_allowance``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flash_attention_testkit._compare import compare, compare_lse, largest_of
+from flash_attention_testkit._few_rows import few_rows_allowance
+from flash_attention_testkit._report import ParityReport, TensorParity
+from flash_attention_testkit.reference import (
+    AttentionOptions,
+    SdpaResult,
+    faithful_sdpa,
+    reference_sdpa,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # torch depends on it; typing has it from Python 3.11 on
+
+__all__ = [
+    "ParityReport",
+    "ParityRule",
+    "TensorParity",
+    "assert_sdpa_parity",
+    "measure_sdpa_parity",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRule:
+    """How much worse than the faithful reference a kernel may be.
+
+    A provider may ask for larger factors where its precision is lower, never for an absolute
+    tolerance. What correct implementations need of the defaults is recorded in the testkit's
+    README.
+
+    Attributes:
+        k_max: Factor of the largest error.
+        k_rms: Factor of the root mean square error.
+        lse_tolerance: Error of lse, absolute up to 1 and relative beyond. Sums in fp32 and
+            approximate exp2 and log2 stay below the default. To it come two units in the last
+            place of the largest score that the inputs' norms allow: a score near zero can be the
+            sum of large products.
+    """
+
+    k_max: float = 2.0
+    k_rms: float = 1.5
+    lse_tolerance: float = 2e-5
+
+
+DEFAULT_RULE = ParityRule()
+
+
+def assert_sdpa_parity(
+    label: object,
+    actual: SdpaResult,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grad_out: Tensor | None = None,
+    empty_lse: float = float("-inf"),
+    rule: ParityRule = DEFAULT_RULE,
+    **options: Unpack[AttentionOptions],
+) -> ParityReport:
+    """Raise unless an implementation's results are as right as their precision allows.
+
+    Args:
+        label: As for ``measure_sdpa_parity``, as are all other arguments.
+        actual: What the implementation returned.
+        query: What it was called with.
+        key: Likewise.
+        value: Likewise.
+        grad_out: Likewise; None to leave the gradients out.
+        empty_lse: The lse that rows without a visible key must have.
+        rule: How much worse than the faithful reference the results may be.
+        **options: Masking, scale and packing, as for ``reference_sdpa``.
+
+    Returns:
+        The report, every tensor of which passed.
+
+    Raises:
+        AssertionError: A tensor fails; the text names the case, the errors with both limits, the
+            worst element and what a kernel of this precision errs by.
+        ValueError: The inputs do not fit together, or gradients came without ``grad_out``.
+    """
+    __tracebackhide__ = True
+    report = measure_sdpa_parity(
+        label,
+        actual,
+        query,
+        key,
+        value,
+        grad_out=grad_out,
+        empty_lse=empty_lse,
+        rule=rule,
+        **options,
+    )
+    if not report.passed:
+        raise AssertionError(report.failure_text())
+    return report
+
+
+def measure_sdpa_parity(
+    label: object,
+    actual: SdpaResult,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grad_out: Tensor | None = None,
+    empty_lse: float = float("-inf"),
+    rule: ParityRule = DEFAULT_RULE,
+    **options: Unpack[AttentionOptions],
+) -> ParityReport:
+    """Compare an implementation's results with both references; a difference does not raise.
+
+    Checked are shape, dtype, finiteness and the two-sided rule, for out; for lse where
+    ``actual.lse`` is not None; and for dq, dk and dv where ``grad_out`` is given. Where the exact
+    value is Inf or NaN the actual one must not be finite; where it exceeds the range of the dtype
+    nothing is asked.
+
+    Args:
+        label: Names the case in the report; anything with a ``str``.
+        actual: What the implementation returned: out, dq, dk, dv in the inputs' dtype, lse in
+            float32; layouts as ``SdpaResult`` says.
+        query: What it was called with: ``[B, S, H, D]``, or ``[T, H, D]`` with ``cu_seqlens``.
+        key: Likewise.
+        value: Likewise.
+        grad_out: What out was differentiated with; the gradients in ``actual`` must then be there.
+        empty_lse: The lse that rows without a visible key must have: ``-inf``, or ``inf`` for
+            implementations that say so.
+        rule: How much worse than the faithful reference the results may be.
+        **options: Masking, scale and packing, as for ``reference_sdpa``.
+
+    Returns:
+        The report; its ``passed`` is the verdict and its ``str`` a table.
+
+    Raises:
+        ValueError: The inputs do not fit together, or gradients came without ``grad_out``.
+    """
+    names = ["out", *(["lse"] if actual.lse is not None else ())]
+    if grad_out is not None:
+        names += ["dq", "dk", "dv"]
+    elif given := [name for name in ("dq", "dk", "dv") if getattr(actual, name) is not None]:
+        raise ValueError(
+            f"{label}: actual has {', '.join(given)}, but there is no grad_out to check them with; "
+            "pass the gradient that out was differentiated with"
+        )
+    exact = reference_sdpa(query, key, value, grad_out=grad_out, **options)
+    faithful = faithful_sdpa(query, key, value, grad_out=grad_out, **options)
+    allowance: dict[str, Tensor] = {}
+    if grad_out is not None:
+        allowance = few_rows_allowance(query, key, value, grad_out, exact, **options)
+    noise = 2 * torch.finfo(torch.float32).eps * _largest_score(query, key, options.get("scale"))
+    tensors: list[TensorParity] = []
+    for name in names:
+        found, truth, near = (getattr(result, name) for result in (actual, exact, faithful))
+        problem = _form_problem(found, near)
+        if problem is not None:
+            tensors.append(TensorParity(name, problems=(problem,)))
+        elif name == "lse":
+            tensors.append(compare_lse(found, truth, near, rule.lse_tolerance, noise, empty_lse))
+        else:
+            extra = allowance.get(name)
+            tensors.append(compare(name, found, truth, near, rule.k_max, rule.k_rms, extra))
+    return ParityReport(str(label), tuple(tensors))
+
+
+def _form_problem(actual: Tensor | None, faithful: Tensor) -> str | None:
+    """What is wrong with a tensor before one looks at its values."""
+    if actual is None:
+        return "is missing, though grad_out was given"
+    if actual.shape != faithful.shape:
+        return f"has shape {list(actual.shape)}, but should have {list(faithful.shape)}"
+    if actual.dtype != faithful.dtype:
+        return f"is {actual.dtype}, but should be {faithful.dtype}"
+    if actual.device != faithful.device:
+        return f"is on {actual.device}, but should be on {faithful.device}"
+    return None
+
+
+def _largest_score(query: Tensor, key: Tensor, scale: float | None) -> float:
+    """The largest score, scaled, that the norms of these queries and keys allow."""
+    factor = query.shape[-1] ** -0.5 if scale is None else abs(scale)
+    norms = (torch.linalg.vector_norm(tensor.double(), dim=-1) for tensor in (query, key))
+    largest = [largest_of(torch.where(norm.isfinite(), norm, 0.0)) for norm in norms]
+    return factor * largest[0] * largest[1]
