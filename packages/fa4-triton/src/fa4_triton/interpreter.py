@@ -1,0 +1,76 @@
+"""Triton's interpreter as a CPU device: repairs of what Triton 3.6 gets wrong there, and the lock it needs.
+
+With `TRITON_INTERPRET=1` in the environment before Triton is first imported, the kernels run on CPU tensors in NumPy,
+program by program. Three things need mending before bf16 kernels can be trusted there, and `repair` mends them:
+
+- `tl.dot` multiplies the bit patterns of bf16 operands as if they were integers;
+- casts from fp32 to bf16 truncate, where every GPU rounds to nearest even;
+- NumPy 2.4 refuses the one-element arrays that the interpreter uses as loop bounds.
+
+The interpreter also patches module globals while a kernel runs, so two threads cannot be in it at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+from triton import knobs
+
+__all__ = ["INTERPRETED", "lock", "repair"]
+
+INTERPRETED: bool = bool(knobs.runtime.interpret)
+"""Whether kernels defined from now on are interpreted. Triton decides when a kernel is defined, so this is settled."""
+
+lock = threading.Lock()
+"""Held while a kernel is interpreted."""
+
+
+@functools.cache
+def repair() -> None:
+    """Mend the interpreter, once; without `TRITON_INTERPRET=1` there is nothing to mend."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    handle = interpreter.TensorHandle
+    builder: Any = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def to_float32(bits: Any) -> Any:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def to_bfloat16(values: Any) -> Any:
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        # Round to nearest even: add half of the dropped part, and one less where the kept part is even.
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return handle(to_float32(source.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return handle(to_bfloat16(source.data), tl.bfloat16)
+        return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
+        x, y = (
+            to_float32(operand.data) if operand.dtype.scalar == tl.bfloat16 else operand.data
+            for operand in (a, b)
+        )
+        return handle(np.matmul(x, y, dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
+
+    builder.cast_impl = cast_impl
+    builder.create_fp_ext = cast_impl
+    builder.create_fp_trunc = cast_impl
+    builder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_lang_tensor
