@@ -1,13 +1,15 @@
-"""Triton's interpreter as a CPU device: repairs of what Triton 3.6 gets wrong there, and the lock it needs.
+"""Triton's interpreter as a CPU device: repairs of what Triton 3.6 gets wrong, and a lock.
 
-With `TRITON_INTERPRET=1` in the environment before Triton is first imported, the kernels run on CPU tensors in NumPy,
-program by program. Three things need mending before bf16 kernels can be trusted there, and `repair` mends them:
+With `TRITON_INTERPRET=1` in the environment before Triton is first imported, the kernels run on CPU
+tensors in NumPy, program by program. Three things need mending before bf16 kernels can be trusted
+there, and `repair` mends them:
 
 - `tl.dot` multiplies the bit patterns of bf16 operands as if they were integers;
 - casts from fp32 to bf16 truncate, where every GPU rounds to nearest even;
 - NumPy 2.4 refuses the one-element arrays that the interpreter uses as loop bounds.
 
-The interpreter also patches module globals while a kernel runs, so two threads cannot be in it at once.
+The interpreter also patches module globals while a kernel runs, so two threads cannot be in it at
+once.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from triton import knobs
 __all__ = ["INTERPRETED", "lock", "repair"]
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
-"""Whether kernels defined from now on are interpreted. Triton decides when a kernel is defined, so this is settled."""
+"""Whether kernels are interpreted. Triton decides where a kernel is defined: this is settled."""
 
 lock = threading.Lock()
 """Held while a kernel is interpreted."""
@@ -46,7 +48,7 @@ def repair() -> None:
 
     def to_bfloat16(values: Any) -> Any:
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        # Round to nearest even: add half of the dropped part, and one less where the kept part is even.
+        # To nearest even: add half of the dropped part, one less where the kept part is even.
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 

@@ -93,7 +93,9 @@ def tile(arch: Architecture, kernel: Kernel, head_dim: int) -> Tile:
     for widest, choice in _TABLE[arch, kernel]:
         if width <= widest:
             return choice
-    raise ValueError(f"head_dim {head_dim} is over the widest served, {_TABLE[arch, kernel][-1][0]}")
+    raise ValueError(
+        f"head_dim {head_dim} is over the widest served, {_TABLE[arch, kernel][-1][0]}"
+    )
 
 
 @cache

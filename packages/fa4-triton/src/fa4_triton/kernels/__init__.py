@@ -1,1 +1,1 @@
-"""The Triton kernels. Each module is one kernel and the helpers only it uses; `tiles` is shared."""
+"""The Triton kernels; `blocks` holds what they share."""

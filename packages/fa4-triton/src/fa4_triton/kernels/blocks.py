@@ -1,12 +1,12 @@
-"""What the kernels share: where an operand's rows lie, loading tiles, the mask, the ranges of a loop.
+"""What the kernels share: where an operand's rows lie, loading tiles, the mask, the loops' ranges.
 
-Letters are the papers': Q K V O are operands, S = Q K^T the scores, P the probabilities, M a block of
-query rows, N a block of keys, D the head dim. A head dim that is no power of two is held as two
-column blocks, D0 + D1 (96 = 64 + 32, 192 = 128 + 64), so that no tile is padded to the next power of
-two; D1 = 0 means one block. Columns past the head dim read as zero.
+Letters are the papers': Q K V O are operands, S = Q K^T the scores, P the probabilities, M a block
+of query rows, N a block of keys, D the head dim. A head dim that is no power of two is held as two
+column blocks, D0 + D1 (96 = 64 + 32, 192 = 128 + 64), so that no tile is padded to the next power
+of two; D1 = 0 means one block. Columns past the head dim read as zero.
 
-Row i sees key j when `i + shift - left <= j <= i + shift + right`, where `shift = Sk - Sq` aligns the
-last query with the last key. Causal is `right = 0`.
+Row i sees key j when `i + shift - left <= j <= i + shift + right`, where `shift = Sk - Sq` aligns
+the last query with the last key. Causal is `right = 0`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """`triton.jit` for a kernel's entry: nothing is specialised on the value of a scalar or a small array's address.
+    """`triton.jit` for a kernel's entry, without specialisation on values.
 
-    What a variant depends on is then the constants, the dtypes and the alignment of the operands, and nothing more.
+    What a compiled variant depends on is then the constants, the dtypes and the alignment of the
+    operands, which `fa4_triton.plan` knows, and nothing more.
     """
     scalars = ("tl.int32", "tl.int64", "tl.float32")
-    fixed = [name for name, annotation in function.__annotations__.items() if annotation in scalars]
-    small = [name for name in ("lse", "delta", "cu_seqlens_q", "cu_seqlens_k") if name in function.__code__.co_varnames]
-    return triton.jit(do_not_specialize=[*fixed, *small])(function)
+    arrays = ("lse", "delta", "cu_seqlens_q", "cu_seqlens_k")
+    fixed = [name for name, kind in function.__annotations__.items() if kind in scalars]
+    fixed += [name for name in arrays if name in function.__code__.co_varnames]
+    return triton.jit(do_not_specialize=fixed)(function)
 
 
 class Shape(NamedTuple):
@@ -42,7 +44,6 @@ class Shape(NamedTuple):
     HEAD_DIM: Any
     HAS_LEFT: Any  # a left window bounds the keys
     HAS_RIGHT: Any  # a right window or causal does
-    VARLEN: Any  # packed sequences, bounds in cu_seqlens
 
 
 class Mask(NamedTuple):
@@ -131,6 +132,16 @@ def load_tile(
 
 
 @triton.jit
+def load_blocks(rows, row, COUNT: tl.constexpr, shape: tl.constexpr):
+    """Both column blocks, [COUNT, D0] and [COUNT, D1]; the first twice if there is no second."""
+    tile0 = load_tile(rows, row, COUNT, 0, shape, True)
+    if shape.D1 > 0:
+        return tile0, load_tile(rows, row, COUNT, 1, shape, True)
+    else:
+        return tile0, tile0
+
+
+@triton.jit
 def store_tile(
     rows,
     row,
@@ -140,7 +151,10 @@ def store_tile(
     shape: tl.constexpr,
     SKIP_NAN: tl.constexpr,
 ):
-    """Write `tile` [COUNT, D0 or D1] to rows `row ...` inside the sequence; SKIP_NAN leaves NaN out."""
+    """Write `tile` [COUNT, D0 or D1] to rows `row ...` inside the sequence.
+
+    With SKIP_NAN, elements that are NaN in `tile` keep what is in memory.
+    """
     r = tl.arange(0, COUNT)
     c = columns(PART, shape)
     start = rows.pointer + row.to(tl.int64) * rows.stride
@@ -155,7 +169,7 @@ def store_tile(
 
 @triton.jit
 def sequence(cu_seqlens, batch, seq_len, VARLEN: tl.constexpr):
-    """(first row, length) of one sequence: from `cu_seqlens` [B + 1] int32, or (0, seq_len) in dense tensors."""
+    """(first row, length) of a sequence: from cu_seqlens [B + 1] int32, or dense (0, seq_len)."""
     if VARLEN:
         first = tl.load(cu_seqlens + batch)
         length = tl.load(cu_seqlens + batch + 1) - first
@@ -166,12 +180,19 @@ def sequence(cu_seqlens, batch, seq_len, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def row_stats(base, batch, head, first, stride_batch, stride_head):
+    """Pointer to the number of row 0 of a sequence in lse or delta, [B, H, S] or [H, T] fp32."""
+    return base + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head + first
+
+
+@triton.jit
 def place_in_grid(blocks, section, heads, heads_total, LAST_FIRST: tl.constexpr):
     """(block, batch, head) of this program, in a grid of `blocks * heads_total` programs.
 
-    Programs start in order of their index. Heads go in sections, small enough that the operands which running
-    programs share stay in the L2 cache. Within a section the longest loops go first, so that the short ones fill the
-    end: under a causal mask the last block of queries (LAST_FIRST) or the first block of keys.
+    Programs start in order of their index. Heads go in sections, small enough that the operands
+    which running programs share stay in the L2 cache. Within a section the longest loops go first,
+    so that the short ones fill the end: under a causal mask these are the last block of queries
+    (LAST_FIRST) or the first block of keys.
     """
     program = tl.program_id(0)
     section_size = blocks * section
@@ -198,7 +219,7 @@ def visible(queries, keys, mask, shape: tl.constexpr):
 
 @triton.jit
 def _split(low, full_low, full_high, high, STEP: tl.constexpr):
-    """Round the inner bounds inwards to whole blocks; an empty inner range collapses onto its start."""
+    """Round the inner bounds inwards to whole blocks; an empty inner range ends where it starts."""
     low = low // STEP * STEP
     end = tl.maximum(low, (high + STEP - 1) // STEP * STEP)
     full_low = tl.minimum((full_low + STEP - 1) // STEP * STEP, end)
@@ -210,8 +231,8 @@ def _split(low, full_low, full_high, high, STEP: tl.constexpr):
 def key_ranges(row, mask, shape: tl.constexpr):
     """The keys that query rows `row ... row + M` see, as bounds (low, full_low, full_high, high).
 
-    Blocks of N keys in `[low, full_low)` and `[full_high, high)` need the mask; those in `[full_low, full_high)` are
-    seen whole by every row. All bounds but `high` are multiples of N.
+    Blocks of N keys in `[low, full_low)` and `[full_high, high)` need the mask; those in
+    `[full_low, full_high)` are seen whole by every row. All bounds but `high` are multiples of N.
     """
     last = tl.minimum(row + shape.M, mask.seq_len_q) - 1 + mask.shift
     first = row + mask.shift
@@ -230,7 +251,7 @@ def key_ranges(row, mask, shape: tl.constexpr):
 
 @triton.jit
 def query_ranges(key, mask, shape: tl.constexpr):
-    """The query rows that see keys `key ... key + N`, as `key_ranges` gives keys; blocks of M rows."""
+    """The query rows that see keys `key ... key + N`, as `key_ranges` gives keys, blocks of M."""
     last = tl.minimum(key + shape.N, mask.seq_len_k) - 1 - mask.shift
     first = key - mask.shift
     low = key * 0
