@@ -142,6 +142,7 @@ def plan_queries(
     strides: tuple[Strides, ...],
     alignment: int,
     negative_scale: bool = False,
+    shape: Tile | None = None,
 ) -> Plan:
     """Plan a kernel whose programs each own a block of query rows: `"forward"` or `"dq"`.
 
@@ -152,9 +153,10 @@ def plan_queries(
         strides: Of the kernel's tensors in its order, as torch gives them, query and key first.
         alignment: As `Constants.alignment`.
         negative_scale: Whether the scale is below zero.
+        shape: A tile to use instead of the table's; sweeps give one.
     """
     size = _sizes(request)
-    shape = tile(device.architecture, kernel, size.head_dim)
+    shape = shape or tile(device.architecture, kernel, size.head_dim)
     group = size.heads // size.heads_kv
     blocks = -(-size.seq_len_q // shape.m)
     heads_total = size.batch * size.heads
@@ -186,13 +188,14 @@ def plan_key_gradients(
     request: Request,
     strides: tuple[Strides, ...],
     alignment: int,
+    shape: Tile | None = None,
 ) -> Plan:
     """Plan a kernel whose programs each own a block of keys: `"dkdv"`, `"dk"` or `"dv"`.
 
     Arguments are those of `plan_queries`.
     """
     size = _sizes(request)
-    shape = tile(device.architecture, kernel, size.head_dim)
+    shape = shape or tile(device.architecture, kernel, size.head_dim)
     group = size.heads // size.heads_kv
     blocks = -(-size.seq_len_k // shape.n)
     heads_total = size.batch * size.heads_kv
