@@ -169,6 +169,19 @@ def host_times(impl: str) -> dict[str, float]:
     return {name: round(value, 1) for name, value in taken.items()}
 
 
+def ceilings() -> dict[str, float]:
+    """What this card gives: TFLOP/s of a bf16 matrix product, GB/s read and written by a copy."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    product = statistics.median(milliseconds(lambda: a @ b, 20) for _ in range(5))
+    copy = statistics.median(milliseconds(lambda: target.copy_(source), 5) for _ in range(5))
+    return {
+        "matmul_tflops": round(2 * 8192**3 / product / 1e9, 1),
+        "copy_gbs": round(2 * 4 * source.numel() / copy / 1e6, 1),
+    }
+
+
 def environment(commit: str) -> dict[str, str]:
     """What the figures depend on."""
     return {
@@ -226,7 +239,13 @@ def main() -> None:
             flush=True,
         )
     print(summary(rows, options.impl))
-    record = {"environment": environment(options.commit), "host_us": host, "rows": rows}
+    record = {
+        "environment": environment(options.commit),
+        "ceilings": ceilings(),
+        "host_us": host,
+        "rows": rows,
+    }
+    print(record["ceilings"])
     options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -4,9 +4,9 @@
 
 Every candidate is compiled first, in a pool of processes, then checked against torch's flash
 kernels and timed beside them, in rounds whose order rotates. A row's `share` is the kernel's time
-over that of torch's forward (for `forward`) or of torch's whole backward (for the others: a backward
-is `dq` and `dkdv`, or `dq`, `dk` and `dv`) on the same inputs: 16384 tokens,
-heads * head_dim = 2048, bf16.
+over that of torch's forward (for `forward`) or of torch's whole backward (for the others: `dq` and
+`dkdv`, or `dq`, `dk` and `dv` make one) on the same inputs: 16384 tokens, heads * head_dim = 2048,
+bf16.
 """
 
 from __future__ import annotations
