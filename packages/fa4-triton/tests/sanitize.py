@@ -3,9 +3,9 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
         python packages/fa4-triton/tests/sanitize.py
 
-Also with `--tool racecheck` and `--tool synccheck`. Without torch's caching allocator every tensor is
-an allocation of its own, so that one row too far is an access out of bounds. Lengths are chosen to
-leave part of every block empty, and the non-finite values to send each repair path once.
+Also with `--tool racecheck` and `--tool synccheck`. Without torch's caching allocator every tensor
+is an allocation of its own, so that one row too far is an access out of bounds. Lengths are chosen
+to leave part of every block empty, the non-finite values to send each repair path once.
 """
 
 from __future__ import annotations
