@@ -199,7 +199,7 @@ def test_invalid_or_unserved_forward_goes_to_stock(
 
 LSE = torch.zeros(2, 4, 6)
 SEED = torch.zeros((), dtype=torch.int64)
-MARKED = torch.zeros(2, dtype=torch.int64)[1]
+MARKED = torch.zeros(3, dtype=torch.int64)[2]
 RNG = (SEED, SEED)
 NOT_LSE = "logsumexp is not what this op's forward returns"
 

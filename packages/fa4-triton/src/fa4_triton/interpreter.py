@@ -1,11 +1,12 @@
 """Triton's interpreter as a CPU device: repairs of what Triton 3.6 gets wrong, and a lock.
 
 With `TRITON_INTERPRET=1` in the environment before Triton is first imported, the kernels run on CPU
-tensors in NumPy, program by program. Three things need mending before bf16 kernels can be trusted
+tensors in NumPy, program by program. Four things need mending before bf16 kernels can be trusted
 there, and `repair` mends them:
 
 - `tl.dot` multiplies the bit patterns of bf16 operands as if they were integers;
 - casts from fp32 to bf16 truncate, where every GPU rounds to nearest even;
+- casts from integers to bf16 keep the integer's bits, so that 1 becomes almost nothing;
 - NumPy 2.4 refuses the one-element arrays that the interpreter uses as loop bounds.
 
 The interpreter also patches module globals while a kernel runs, so two threads cannot be in it at
@@ -14,19 +15,32 @@ once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from triton import knobs
 
-__all__ = ["INTERPRETED", "lock", "repair"]
+__all__ = ["INTERPRETED", "repair", "running"]
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 """Whether kernels are interpreted. Triton decides where a kernel is defined: this is settled."""
 
-lock = threading.Lock()
-"""Held while a kernel is interpreted."""
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """While a kernel is interpreted: the lock is held, and NumPy keeps quiet.
+
+    Kernels meet infinities on purpose, for which a GPU has no warning either.
+    """
+    import numpy as np
+
+    with _lock, np.errstate(all="ignore"):
+        yield
 
 
 @functools.cache
@@ -58,6 +72,8 @@ def repair() -> None:
             return handle(to_float32(source.data), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
             return handle(to_bfloat16(source.data), tl.bfloat16)
+        if kinds[0].is_int() and kinds[1] == tl.bfloat16:
+            return handle(to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
         return cast(self, source, target)
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:

@@ -86,7 +86,7 @@ class Variant:
                 *self._constants,
             )
         elif interpreter.INTERPRETED:
-            with interpreter.lock:
+            with interpreter.running():
                 self._kernel[(programs,)](*tensors, *scalars, *self._constants)
         else:
             compiled = self._kernel[(programs,)](
