@@ -191,9 +191,32 @@ def test_kernels_left_behind_torchs_ops_are_an_error(pytester: pytest.Pytester) 
     )
 
 
-def test_the_gpu_marker_is_known(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n")
-    pytester.runpytest("--strict-markers").assert_outcomes(passed=1)
+GPU_TEST = "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("devices", "interpreted", "outcome", "reason"),
+    [
+        (True, "0", {"passed": 1}, None),
+        (True, "1", {"skipped": 1}, "*pytest -m gpu*"),
+        (False, "0", {"skipped": 1}, "*needs a CUDA device*"),
+    ],
+)
+def test_a_gpu_test_runs_where_it_can_and_is_skipped_with_the_reason_elsewhere(
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: bool,
+    interpreted: str,
+    outcome: dict[str, int],
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: devices)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    pytester.makepyfile(GPU_TEST)
+    result = pytester.runpytest_inprocess("--strict-markers", "-rs")
+    result.assert_outcomes(**outcome)
+    if reason is not None:
+        result.stdout.fnmatch_lines([reason])
 
 
 def test_the_plugin_costs_a_run_without_attention_no_torch(pytester: pytest.Pytester) -> None:

@@ -1,11 +1,12 @@
 """The pytest plugin: loaded by pytest wherever the testkit is installed, and light for that.
 
-It imports neither torch nor the registry; the fixture imports the registry when a test asks for
-it.
+It imports neither torch nor the registry: the fixture imports the registry when a test asks for it,
+and torch is imported when a test is marked ``gpu``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,28 @@ pytest.register_assert_rewrite("flash_attention_testkit.parity")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the marker ``gpu`` known, so that ``--strict-markers`` accepts it."""
-    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line(
+        "markers", "gpu: needs a CUDA device; skipped, with the reason, where there is none"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where they cannot run, and say why."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    reason = _why_no_gpu() if marked else None
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"needs a CUDA device, and torch {torch.__version__} finds none"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton interprets in this process; GPU tests run in their own: pytest -m gpu"
+    return None
 
 
 @pytest.fixture
