@@ -181,7 +181,7 @@ def time_all(
     names = list(runs)
     times: dict[Any, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        first = turn * 7 % len(names)
+        first = turn * len(names) // rounds
         for name in names[first:] + names[:first]:
             times[name].append(milliseconds(runs[name], 4))
     taken = {name: statistics.median(values) for name, values in times.items()}

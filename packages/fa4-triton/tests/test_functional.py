@@ -146,6 +146,21 @@ def test_a_last_dimension_with_gaps_is_copied(inputs: Make) -> None:
     assert torch.equal(flash_attn_func(*gapped), expected)
 
 
+def test_rows_may_overlap(inputs: Make) -> None:
+    """Sixteen windows of 32 elements, one element apart: rows and columns have the same stride."""
+    line = inputs(lengths=(1, 1), head_dim=48).query.flatten()
+    windows = line[:47].unfold(0, 32, 1)[None, :, None]
+    assert windows.stride(1) == windows.stride(3) == 1
+
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.detach().requires_grad_()
+        out = flash_attn_func(leaf, leaf, leaf)
+        return [out, *torch.autograd.grad(out, leaf, torch.ones_like(x.contiguous()))]
+
+    for found, expected in zip(results(windows), results(windows.contiguous()), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("shape", ["scalar", "transposed"])
 def test_gradients_of_out_may_have_any_strides(inputs: Make, shape: str) -> None:
     given = inputs(lengths=(20, 30), heads=(2, 2), head_dim=32)

@@ -62,6 +62,20 @@ def test_one_infinite_element_of_a_value_spoils_its_column_only(
     check(given, result, MASKS["causal"])
 
 
+@pytest.mark.parametrize(
+    ("rows_kv", "mask"), [(25, MASKS["causal"]), (24, {"causal": False, "window": (2, 1)})]
+)
+def test_rows_without_keys_stay_zero_beside_an_infinite_value(
+    inputs: Callable[..., Any], run: Callable[..., Any], rows_kv: int, mask: Any
+) -> None:
+    given = inputs(lengths=(40, rows_kv), heads=(2, 1))
+    given.value[:, 20] = math.inf
+    result = run(given, **mask)
+    assert (result.out[:, :10] == 0).all()
+    assert (result.lse[..., :10] == -math.inf).all()
+    check(given, result, mask)
+
+
 def test_a_packed_neighbour_that_is_not_finite_is_not_seen(
     inputs: Callable[..., Any], run: Callable[..., Any]
 ) -> None:

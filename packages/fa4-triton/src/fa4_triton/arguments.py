@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Mask", "check_dense", "check_options", "check_packed", "mask_of", "with_unit_stride"]
+__all__ = [
+    "Mask",
+    "check_dense",
+    "check_options",
+    "check_packed",
+    "mask_of",
+    "not_served",
+    "with_unit_stride",
+]
 
 _ADVICE = "torch.nn.functional.scaled_dot_product_attention serves more, on torch's own kernels"
 

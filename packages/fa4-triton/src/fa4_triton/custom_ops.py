@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fa4_triton import interpreter
 from fa4_triton.arguments import not_served, with_unit_stride
-from fa4_triton.kernel_set import TritonKernels
+from fa4_triton.kernel_set import TritonKernels, empty_like, empty_row_stats
 from flash_attention_registry.sdpa import AttentionCall
 
 __all__ = ["attention", "attention_backward"]
@@ -61,7 +61,7 @@ def attention(
         window_right,
     )
     if _is_empty(call):
-        return torch.zeros_like(query), _lse_like(query).fill_(-math.inf)
+        return torch.zeros_like(query), empty_row_stats(query).fill_(-math.inf)
     with torch.cuda.device_of(query):
         return _kernels.forward(call)
 
@@ -140,22 +140,16 @@ def _is_empty(call: AttentionCall) -> bool:
     return call.query.numel() == 0 or call.key.numel() == 0
 
 
-def _lse_like(query: Tensor) -> Tensor:
-    """Uninitialised float32 [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
-    *batch, rows, heads, _ = query.shape
-    return torch.empty((*batch, heads, rows), dtype=torch.float32, device=query.device)
-
-
 @attention.register_fake
 def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), _lse_like(query)
+    return empty_like(query), empty_row_stats(query)
 
 
 @attention_backward.register_fake
 def _(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
 ) -> tuple[Tensor, ...]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return empty_like(query), empty_like(key), empty_like(value)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

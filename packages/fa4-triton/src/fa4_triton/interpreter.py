@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,16 @@ INTERPRETED: bool = bool(knobs.runtime.interpret)
 """Whether kernels are interpreted. Triton decides where a kernel is defined: this is settled."""
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Give a forked child a lock that no thread of its parent holds."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextlib.contextmanager
@@ -54,7 +65,7 @@ def repair() -> None:
 
     handle = interpreter.TensorHandle
     builder: Any = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
+    cast, dot = builder.cast_impl, builder.create_dot
     patch_tensor = interpreter._patch_lang_tensor
 
     def to_float32(bits: Any) -> Any:
@@ -77,10 +88,9 @@ def repair() -> None:
         return cast(self, source, target)
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
-        x, y = (
-            to_float32(operand.data) if operand.dtype.scalar == tl.bfloat16 else operand.data
-            for operand in (a, b)
-        )
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+            return dot(self, a, b, acc, precision, imprecise)
+        x, y = to_float32(a.data), to_float32(b.data)
         return handle(np.matmul(x, y, dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.sdpa import AttentionCall
 
-__all__ = ["CAPABILITIES", "TritonKernels"]
+__all__ = ["CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats"]
 
 _LOG2_E = math.log2(math.e)
 
@@ -124,9 +124,17 @@ def _launch(
     )
 
 
-def _stats(call: AttentionCall) -> Tensor:
-    """Uninitialised fp32, one number a query row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
-    query = call.query
+def empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised, shaped, typed and laid out like `tensor`, with a contiguous last dimension.
+
+    `torch.empty_like` alone may order the dimensions of overlapping rows (`unfold`) otherwise.
+    """
+    made = torch.empty_like(tensor)
+    return made if made.stride(-1) == 1 else tensor.new_empty(tensor.shape)
+
+
+def empty_row_stats(query: Tensor) -> Tensor:
+    """Uninitialised fp32, one number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
     *batch, rows, heads, _ = query.shape
     return torch.empty((*batch, heads, rows), dtype=torch.float32, device=query.device)
 
@@ -142,6 +150,8 @@ class TritonKernels:
 
     def supports(self, call: AttentionCall) -> str | None:
         """None if `call` is served, else why not."""
+        if call.out is not None and call.out.stride(-1) != 1:
+            return "the last dimension of out is not contiguous"
         return CAPABILITIES.reason_to_decline(call)
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -151,8 +161,8 @@ class TritonKernels:
             out: Like `call.query`; `call.out` itself where that is given.
             lse: fp32, natural logarithm, [B, Hq, Sq], or [Hq, Tq] of packed sequences.
         """
-        out = torch.empty_like(call.query) if call.out is None else call.out
-        lse = _stats(call)
+        out = empty_like(call.query) if call.out is None else call.out
+        lse = empty_row_stats(call.query)
         _launch(
             "forward",
             call,
@@ -177,8 +187,8 @@ class TritonKernels:
             Gradients of query, key and value, each like its tensor.
         """
         query, key, value = call.query, call.key, call.value
-        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        delta = _stats(call)
+        dq, dk, dv = empty_like(query), empty_like(key), empty_like(value)
+        delta = empty_row_stats(query)
         scale = (call.scale,)
         _launch("dq", call, (query, key, value, grad_out, out, dq), (lse, delta), scale)
         architecture_class = _device(query.get_device()).architecture

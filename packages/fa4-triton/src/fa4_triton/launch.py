@@ -45,12 +45,12 @@ def _constant_arguments(kernel: Any, tile: Tile, constants: Constants) -> tuple[
 class Variant:
     """One kernel for one tile, one set of constants and one dtype, compiled once per device."""
 
-    __slots__ = ("_constants", "_kernel", "_launchers", "_options")
+    __slots__ = ("_kernel", "_launchers", "_options", "constants")
 
     def __init__(self, kernel: Any, tile: Tile, constants: Constants) -> None:
-        """Compile nothing yet."""
+        """Compile nothing yet. `constants` are the kernel's last arguments, the constexpr ones."""
         self._kernel = kernel
-        self._constants = _constant_arguments(kernel, tile, constants)
+        self.constants = _constant_arguments(kernel, tile, constants)
         self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
         self._launchers: dict[int, tuple[Any, Any, Any]] = {}
 
@@ -83,14 +83,14 @@ class Variant:
                 None,
                 *pointers,
                 *scalars,
-                *self._constants,
+                *self.constants,
             )
         elif interpreter.INTERPRETED:
             with interpreter.running():
-                self._kernel[(programs,)](*tensors, *scalars, *self._constants)
+                self._kernel[(programs,)](*tensors, *scalars, *self.constants)
         else:
             compiled = self._kernel[(programs,)](
-                *tensors, *scalars, *self._constants, **self._options
+                *tensors, *scalars, *self.constants, **self._options
             )
             if _DIRECT_LAUNCH:
                 self._launchers[device] = (

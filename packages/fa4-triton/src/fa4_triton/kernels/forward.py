@@ -152,6 +152,7 @@ def _repair(
         acc = tl.where(acc > 0, float("nan"), 0.0)
         q_strip = load_blocks(q, strip, shape.M, shape)
         lse = tl.load(lse_rows + queries, mask=queries < mask.seq_len_q, other=0.0)
+        lse = tl.where(lse == float("-inf"), 0.0, lse)  # no keys: P is exp2(-inf - 0), not NaN
         for key in tl.range(low, high, shape.N, num_stages=1):
             key = tl.multiple_of(key, shape.N)
             s = _scores(q_strip, k, strip, key, scale_log2, mask, shape, NEGATIVE_SCALE, True)
@@ -303,7 +304,7 @@ def forward_kernel(
     )
 
     maximum = state.maximum
-    empty = maximum == float("-inf")
+    empty = state.total == 0.0  # no key seen; a row of NaN scores has a total of NaN
     inverse = tl.where(empty, 0.0, 1.0 / state.total)
     rows = row + tl.arange(0, M)
     lse_values = tl.where(empty, lse_of_empty_rows, (maximum + tl.log2(state.total)) * LN_2)
