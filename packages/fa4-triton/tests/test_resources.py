@@ -22,12 +22,15 @@ Variant: TypeAlias = tuple[int, str, int, str]  # capability, kernel, head dim, 
 MEASURED = "this tile was the fastest on the GPU, spill included"
 FEW = "a register or two, and the next smaller tile halves the work of a load"
 CAPPED = "ptxas keeps to 128 registers unasked; the causal variant takes what it needs"
+THREE = "ptxas keeps to 168 registers unasked, with which three programs fit an SM"
 MASKED = "the variant without a left bound has no spill, and is the one that runs by far most"
 # Variant -> (bytes spilled at most, why that is accepted).
 ACCEPTED_SPILLS: dict[Variant, tuple[int, str]] = {
     (80, "dq", 96, "window"): (8, FEW),
     (80, "dkdv", 96, "window"): (8, FEW),
     (80, "dq", 128, "window"): (8, FEW),
+    (86, "forward", 64, "causal"): (16, THREE),
+    (89, "forward", 64, "causal"): (16, THREE),
     (90, "dkdv", 128, "causal"): (24, MEASURED),
     (90, "dkdv", 128, "window"): (128, MASKED),
     (90, "forward", 256, "none"): (8, MEASURED),
