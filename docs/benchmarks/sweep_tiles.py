@@ -131,7 +131,9 @@ def runner(kernel: Kernel, shape: Tile, inputs: Inputs) -> tuple[Callable[[], No
         plan = plan_key_gradients(kernel, device, request, strides, aligned, shape=shape)
     variant = Variant(function, plan.tile, plan.constants)
     tensors = (*operands, *stats, None, None)
-    return lambda: variant.launch(0, plan.programs, tensors, floats + plan.scalars), outputs
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    scalars = floats + plan.scalars
+    return lambda: variant.launch(0, plan.programs, tensors, pointers, scalars), outputs
 
 
 def error(kernel: Kernel, outputs: list[Tensor], inputs: Inputs) -> float:

@@ -102,10 +102,8 @@ def _launch(
         stats: lse and the like.
         floats: Its float arguments.
     """
-    alignment = 0
-    for bit, tensor in enumerate(operands):
-        if tensor.data_ptr() % 16 == 0:
-            alignment |= 1 << bit
+    tensors = (*operands, *stats, call.cu_seqlens_query, call.cu_seqlens_key)
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     device_index = call.query.get_device()
     variant, programs, ints = _launch_of(
         kernel,
@@ -113,15 +111,20 @@ def _launch(
         call.query.dtype,
         request_of(call),
         tuple([tensor.stride() for tensor in operands]),
-        alignment,
+        _alignment(pointers[: len(operands)]),
         kernel == "forward" and call.scale < 0,
     )
-    variant.launch(
-        device_index,
-        programs,
-        (*operands, *stats, call.cu_seqlens_query, call.cu_seqlens_key),
-        floats + ints,
-    )
+    variant.launch(device_index, programs, tensors, pointers, floats + ints)
+
+
+def _alignment(pointers: list[int]) -> int:
+    """Bit i: pointer i is a multiple of 16."""
+    union = 0
+    for pointer in pointers:
+        union |= pointer
+    if union % 16 == 0:
+        return (1 << len(pointers)) - 1
+    return sum(1 << bit for bit, pointer in enumerate(pointers) if pointer % 16 == 0)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -135,8 +138,9 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 def empty_row_stats(query: Tensor) -> Tensor:
     """Uninitialised fp32, one number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
-    *batch, rows, heads, _ = query.shape
-    return torch.empty((*batch, heads, rows), dtype=torch.float32, device=query.device)
+    shape = query.shape
+    stats = (shape[0], shape[2], shape[1]) if len(shape) == 4 else (shape[1], shape[0])
+    return query.new_empty(stats, dtype=torch.float32)
 
 
 class TritonKernels:

@@ -52,10 +52,15 @@ class Variant:
         self._kernel = kernel
         self.constants = _constant_arguments(kernel, tile, constants)
         self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        self._launchers: dict[int, tuple[Any, Any, Any]] = {}
+        self._launchers: dict[int, tuple[Any, Any, Any, Any]] = {}
 
     def launch(
-        self, device: int, programs: int, tensors: tuple[Any, ...], scalars: tuple[float, ...]
+        self,
+        device: int,
+        programs: int,
+        tensors: tuple[Any, ...],
+        pointers: list[int],
+        scalars: tuple[float, ...],
     ) -> None:
         """Launch on the current stream of CUDA device `device`, which is current; -1 interprets.
 
@@ -63,19 +68,18 @@ class Variant:
             device: Index.
             programs: How many.
             tensors: The kernel's first arguments; None for an absent one.
+            pointers: Their addresses, 0 for an absent one.
             scalars: The arguments after these.
         """
         known = self._launchers.get(device)
         if known is not None:
-            run, function, metadata = known
-            stream = driver.active.get_current_stream(device)
+            run, current_stream, function, metadata = known
             # Addresses: for a tensor object the launcher would ask the driver what it points to.
-            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
             run(
                 programs,
                 1,
                 1,
-                stream,
+                current_stream(device),
                 function,
                 metadata,
                 None,
@@ -95,6 +99,7 @@ class Variant:
             if _DIRECT_LAUNCH:
                 self._launchers[device] = (
                     compiled.run,
+                    driver.active.get_current_stream,
                     compiled.function,
                     compiled.packed_metadata,
                 )
