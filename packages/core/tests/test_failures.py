@@ -9,7 +9,12 @@ from itertools import product
 
 import pytest
 
-from flash_attention_registry import HandleError, RegistryWarning, RestoreError
+from flash_attention_registry import (
+    FamilyUnavailableError,
+    HandleError,
+    RegistryWarning,
+    RestoreError,
+)
 
 
 def notes(error: BaseException) -> str:
@@ -204,6 +209,59 @@ def test_restore_error_is_raised_although_a_warning_is_an_error(registry, kernel
         with pytest.raises(RestoreError):
             registry.restore()
     assert registry.current() is None
+
+
+def test_failure_is_not_masked_by_warnings_that_are_errors(registry, kernels, failing, fails_after):
+    registry.register("a", register_fn=fails_after(1, kernels.installer("a"), MemoryError("full")))
+    registry.register("c", register_fn=failing(OSError("gone")))
+    registry.activate("a")
+    registry.add_listener(lambda before, after: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(OSError, match="gone") as caught:
+            registry.activate("c")
+    assert "'a' could not be activated again" in notes(caught.value)
+    assert "ZeroDivisionError" in notes(caught.value)
+
+
+def test_family_error_is_not_masked_by_warnings_that_are_errors(ab, failing):
+    ab.register("c", register_fn=failing(OSError("gone")), family="FA4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(FamilyUnavailableError) as caught:
+            ab.activate("FA4")
+    assert "Passed over 'c'" in notes(caught.value)
+    assert ab.current() == "a"
+
+
+@pytest.mark.parametrize(
+    ("error", "other"),
+    [("Left flash attention impl", "A transition listener"), ("A transition", "Left flash")],
+)
+def test_no_warning_is_lost_when_one_is_an_error(registry, kernels, error, other):
+    registry.register("n", register_fn=kernels.installer_without_handle("n"))
+    registry.activate("n")
+    registry.add_listener(lambda before, after: 1 / 0)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("error", error)
+        with pytest.raises(RegistryWarning, match=error):
+            registry.restore()
+    assert [str(one.message).startswith(other) for one in given] == [True]
+
+
+def test_exception_without_a_text_does_not_end_a_transition(ab):
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError("no text")
+
+    def listener(before, after):
+        raise Mute
+
+    ab.add_listener(listener)
+    with pytest.warns(RegistryWarning, match="Mute: .its text cannot be had: ValueError"):
+        ab.activate("b")
+    assert ab.current() == "b"
 
 
 def test_handle_whose_remove_cannot_even_be_read_is_a_failed_activation(ab, kernels):

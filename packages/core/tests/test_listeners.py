@@ -81,3 +81,38 @@ def test_a_listener_that_raises_disturbs_neither_the_transition_nor_the_others(a
         ab.activate("b")
     assert heard == ["b"]
     assert ab.current() == "b"
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(1)])
+def test_an_interrupt_in_a_listener_is_raised_when_all_is_done_and_said(ab, kernels, interrupt):
+    def interrupting(before, after):
+        raise interrupt
+
+    ab.register("s", register_fn=kernels.installer_with_stuck_handle("s", OSError("no")))
+    ab.activate("s")
+    heard = []
+    ab.add_listener(interrupting)
+    ab.add_listener(lambda before, after: 1 / 0)
+    ab.add_listener(lambda before, after: heard.append((before, after)))
+    with (
+        pytest.warns(RegistryWarning, match="ZeroDivisionError"),
+        pytest.raises(type(interrupt)) as caught,
+    ):
+        ab.activate("b")
+    assert caught.value is interrupt
+    assert "remove() of flash attention impl 's' raised OSError: no" in caught.value.__notes__[0]
+    assert (ab.current(), heard) == ("b", [("s", "b")])
+
+
+@pytest.mark.filterwarnings("ignore::flash_attention_registry.RegistryWarning")
+def test_an_interrupt_in_a_listener_is_raised_although_the_transition_failed(
+    registry, kernels, failing, fails_after
+):
+    registry.register("a", register_fn=fails_after(1, kernels.installer("a"), MemoryError()))
+    registry.register("c", register_fn=failing(OSError("gone")))
+    registry.activate("a")
+    registry.add_listener(lambda *_: failing(KeyboardInterrupt())())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        registry.activate("c")
+    assert isinstance(caught.value.__context__, OSError)
+    assert registry.current() is None

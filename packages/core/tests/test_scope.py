@@ -92,10 +92,52 @@ def test_a_scope_whose_entry_warns_an_error_goes_back(registry, kernels):
     assert (registry.current(), kernels.running) == ("n", "n")
 
 
-def test_the_previous_implementation_is_taken_as_it_is_registered_now(ab, kernels):
+def test_what_was_active_comes_back_although_its_name_was_registered_again(ab, kernels):
     with ImplScope(ab, "b"):
         ab.register("a", register_fn=kernels.installer("a2"))
+    assert (ab.current(), kernels.running) == ("a", "a")
+    ab.activate("a")
     assert (ab.current(), kernels.running) == ("a", "a2")
+
+
+def test_what_the_block_registered_and_activated_under_the_name_is_left(ab, kernels):
+    with ImplScope(ab, "b"):
+        ab.register("a", register_fn=kernels.installer("a2"))
+        ab.activate("a")
+    assert (ab.current(), kernels.installed) == ("a", ["a"])
+
+
+def test_an_error_of_the_block_is_not_masked_by_a_warning_that_is_an_error(ab, kernels):
+    ab.register("n", register_fn=kernels.installer_without_handle("n"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ZeroDivisionError) as caught, ImplScope(ab, "n"):
+            _ = 1 / 0
+    assert ab.current() == "a"
+    assert "'n'" in caught.value.__notes__[0]
+
+
+def test_the_error_of_an_entry_is_not_masked_by_a_failing_way_back(registry, kernels):
+    registry.register("s", register_fn=kernels.installer_with_stuck_handle("s", OSError("no")))
+    registry.register("n", register_fn=kernels.installer_without_handle("n"))
+    registry.activate("s")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RestoreError) as caught, ImplScope(registry, "n"):
+            pass
+    assert registry.current() == "s"
+    assert "Left flash attention impl 'n'" in caught.value.__notes__[0]
+
+
+def test_an_entry_that_a_listener_interrupts_goes_back(ab, kernels):
+    def interrupt(before, after):
+        if after == "b":
+            raise KeyboardInterrupt
+
+    ab.add_listener(interrupt)
+    with pytest.raises(KeyboardInterrupt), ImplScope(ab, "b"):
+        pass
+    assert (ab.current(), kernels.installed) == ("a", ["a"])
 
 
 def test_if_the_previous_implementation_was_unregistered_stock_runs_and_a_warning_says_so(
@@ -107,35 +149,43 @@ def test_if_the_previous_implementation_was_unregistered_stock_runs_and_a_warnin
     assert caught[0].filename == __file__
 
 
-def test_if_the_previous_implementation_cannot_come_back_stock_runs(ab, kernels, failing):
+def test_if_the_previous_implementation_cannot_come_back_stock_runs(ab, kernels, fails_after):
+    ab.register("c", register_fn=fails_after(1, kernels.installer("c"), OSError("gone")))
+    ab.activate("c")
     with pytest.raises(OSError, match="gone"), ImplScope(ab, "b"):
-        ab.register("a", register_fn=failing(OSError("gone")))
+        pass
     assert (ab.current(), kernels.running) == (None, "stock")
 
 
-def test_if_the_previous_implementation_cannot_prepare_stock_runs(ab, kernels, failing):
+def test_if_the_previous_implementation_cannot_prepare_stock_runs(ab, kernels, fails_after):
+    prepare = fails_after(1, lambda: None, OSError("gone"))
+    ab.register("c", register_fn=kernels.installer("c"), prepare=prepare)
+    ab.activate("c")
     with pytest.raises(OSError, match="gone"), ImplScope(ab, "b"):
-        ab.register("a", register_fn=lambda: None, prepare=failing(OSError("gone")))
+        pass
     assert (ab.current(), kernels.running) == (None, "stock")
 
 
-def test_everything_that_failed_on_the_way_back_is_said(ab, kernels, failing):
+def test_everything_that_failed_on_the_way_back_is_said(ab, kernels, fails_after):
+    ab.register("c", register_fn=fails_after(1, kernels.installer("c"), ValueError("gone")))
+    ab.activate("c")
     ab.register("s", register_fn=kernels.installer_with_stuck_handle("s", OSError("cannot go")))
     with pytest.raises(ValueError, match="gone") as caught, ImplScope(ab, "s"):
-        ab.register("a", register_fn=failing(ValueError("gone")))
+        pass
     assert ab.current() is None
     assert len(caught.value.__notes__) == 2  # s was stuck twice: on the switch, and on giving up
     assert all("cannot go" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.filterwarnings("ignore::flash_attention_registry.RegistryWarning")
-def test_if_neither_can_come_back_stock_runs(ab, kernels, failing, fails_after):
+def test_if_neither_can_come_back_stock_runs(ab, kernels, fails_after):
+    ab.register("c", register_fn=fails_after(1, kernels.installer("c"), ValueError("c is gone")))
+    ab.activate("c")
     ab.register("b", register_fn=fails_after(1, kernels.installer("b"), OSError("b is gone")))
     heard = []
     previous = ab.enter("b")
-    ab.register("a", register_fn=failing(ValueError("a is gone")))
     ab.add_listener(lambda before, after: heard.append((before, after)))
-    with pytest.raises(ValueError, match="a is gone"):
+    with pytest.raises(ValueError, match="c is gone"):
         ab.leave(previous)
     assert (ab.current(), kernels.running, heard) == (None, "stock", [("b", None)])
 

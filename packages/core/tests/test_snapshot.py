@@ -63,7 +63,7 @@ def test_reset_completes_although_a_removal_fails(ab, kernels):
     with pytest.raises(RestoreError):
         ab.reset(snapshot)
     assert (ab.current(), ab.names(), kernels.running) == ("a", ["a", "b"], "a")
-    assert ab.stuck_handles() == ()
+    assert [handle.name for handle in ab.stuck_handles()] == ["s"]  # its kernels may be in still
 
 
 def test_reset_brings_back_the_scan_of_entry_points(registry):

@@ -163,8 +163,10 @@ def test_kernels_left_behind_torchs_ops_are_an_error(pytester: pytest.Pytester) 
         def backward(self, call, grad_out, out, lse):
             raise NotImplementedError
 
+    leaked = []
+
     def leaky():
-        sdpa.install(Kernels(), device_type="cpu")
+        leaked.append(sdpa.install(Kernels(), device_type="cpu"))
         return Handle("kit-leaky", REMOVED)
 
     def tidy():
@@ -177,6 +179,7 @@ def test_kernels_left_behind_torchs_ops_are_an_error(pytester: pytest.Pytester) 
         torch.nn.functional.scaled_dot_product_attention(*[torch.zeros(1, 1, 8, 8)] * 3)
 
     def test_end():
+        leaked[0].remove()
         sdpa.uninstall("cpu")
     """
     )

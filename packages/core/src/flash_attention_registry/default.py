@@ -93,7 +93,11 @@ def activate_flash_attention_impl(impl: str) -> None:
     Activating what is active does nothing, unless it was registered again since. A family does
     nothing either while its active member is available.
 
-    If this raises, what was active before is active again (except `RestoreError`, see there).
+    If this raises, what was active before is active again, with two exceptions that are raised
+    after the change was made: `RestoreError`, and a `RegistryWarning` that a warnings filter turns
+    into an error. An error of the activation itself goes before such a warning, which is then a
+    note of it. Where the one before cannot be installed again either, stock kernels run, and a
+    note and a warning say so.
 
     Args:
         impl: The name of an implementation or of a family.
@@ -104,6 +108,7 @@ def activate_flash_attention_impl(impl: str) -> None:
         FamilyUnavailableError: No member could be taken; the message gives each one's reason.
         HandleError: The `register_fn` returned something that is no handle.
         RestoreError: `impl` is active now, but the `remove()` of the one before raised.
+        RegistryWarning: Only if a filter makes warnings errors; `impl` is active now.
         ReentrantTransitionError: Called by code that the registry is calling.
         Exception: Whatever `prepare` or `register_fn` raised.
     """
@@ -144,8 +149,10 @@ def use_flash_attention_impl(impl: str) -> ImplScope:
     The block gets the name of the implementation that is active. The whole process uses it
     meanwhile: the kernels of a process are replaced, not those of a thread.
 
-    On exit what was active on entry is active again, whatever the block activated; if that fails
-    the error is raised and stock kernels run.
+    On exit what was active on entry is active again, whatever the block activated, and by the
+    `register_fn` that it was activated with, even if its name was registered again meanwhile; if
+    that fails the error is raised and stock kernels run. They run too, and a warning says so, if
+    its name was unregistered. If entering the block raises, what was active before is active again.
 
     Args:
         impl: The name of an implementation or of a family; entering the block raises what
@@ -176,7 +183,9 @@ def add_transition_listener(listener: Listener) -> ListenerHandle:
     Args:
         listener: Takes the names of what was and of what is active, each None for stock kernels.
             It is called in the thread that made the transition, before other threads can make one;
-            it must not change the registry. If it raises there is a `RegistryWarning`.
+            it must not change the registry. If it raises there is a `RegistryWarning`; what is no
+            `Exception`, such as `KeyboardInterrupt`, is raised again once all listeners have been
+            called and the transition is complete.
 
     Returns:
         An object whose `remove()` ends that.

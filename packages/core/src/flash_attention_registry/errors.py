@@ -72,7 +72,21 @@ def add_note(error: BaseException, note: str) -> None:
         vars(error).setdefault("__notes__", []).append(note)
 
 
+def add_error(error: BaseException, second: BaseException) -> None:
+    """Add the text and the notes of `second`, which cannot be raised as well, to `error`."""
+    for note in (text_of(second), *getattr(second, "__notes__", ())):
+        add_note(error, note)
+
+
+def text_of(error: BaseException) -> str:
+    """Return `str(error)`, which must not be the next thing to fail."""
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(its text cannot be had: {type(second).__name__})"
+
+
 def describe(error: BaseException) -> str:
     """Return `error` as one piece of text, such as ``"ImportError: no module named x"``."""
-    text = str(error)
+    text = text_of(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

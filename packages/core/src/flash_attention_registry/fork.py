@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread  # threading would double the time that importing this package takes
 import os
 import weakref
 
@@ -17,6 +18,23 @@ class ForkSensitive:
     def renew(self) -> None:
         """Make free locks, and forget what another thread had begun."""
         raise NotImplementedError(f"{type(self).__name__} must define renew()")
+
+
+class ForkSafeLock(ForkSensitive):
+    """Keeps a plain lock, for `with guard.lock:`, that is new and free in a forked child.
+
+    It is no context manager itself: the block must release the lock that it acquired, also where
+    it was forked inside, and the interpreter's own lock is the fastest.
+
+    Attributes:
+        lock: The lock of this process.
+    """
+
+    lock: _thread.LockType
+
+    def renew(self) -> None:
+        """Make a free lock."""
+        self.lock = _thread.allocate_lock()
 
 
 _alive: weakref.WeakSet[ForkSensitive] = weakref.WeakSet()

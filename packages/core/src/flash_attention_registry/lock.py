@@ -9,7 +9,7 @@ import warnings
 from flash_attention_registry.errors import (
     ReentrantTransitionError,
     RegistryWarning,
-    add_note,
+    add_error,
 )
 from flash_attention_registry.fork import ForkSensitive
 
@@ -73,7 +73,8 @@ class Turn:
     """One holding of the lock, and what has to be said once it is free again.
 
     Warnings wait until then because a filter may turn them into exceptions, which must not
-    interrupt a transition half way.
+    interrupt a transition half way. One exception leaves a turn: an interrupt before an error,
+    an error before a warning that a filter made an exception. The others become its notes.
     """
 
     def __init__(self, lock: TransitionLock, doing: str) -> None:
@@ -81,15 +82,18 @@ class Turn:
         self._transition_lock = lock
         self._doing = doing
         self._warnings: list[str] = []
-        self._error: Exception | None = None
+        self._errors: list[BaseException] = []
 
     def warn(self, text: str) -> None:
         """Give a `RegistryWarning` when the turn is over."""
         self._warnings.append(text)
 
-    def raise_after(self, error: Exception) -> None:
-        """Raise `error` when the turn is over; if the turn raises, `error` is a note of that."""
-        self._error = error
+    def raise_after(self, error: BaseException) -> None:
+        """Raise `error` when the turn is over; if the turn itself raises, it is a note of that.
+
+        An error that is no `Exception`, such as `KeyboardInterrupt`, is raised all the same.
+        """
+        self._errors.append(error)
 
     def __enter__(self) -> Turn:
         """Acquire the lock.
@@ -108,14 +112,22 @@ class Turn:
     ) -> None:
         """Release the lock, then warn, then raise what was to be raised afterwards."""
         self._transition_lock._release(self._held)
-        try:
-            for text in self._warnings:
+        errors = [*self._errors]
+        for text in self._warnings:
+            try:
                 _warn_caller(text)
-        finally:
-            if self._error is not None:
-                if exc is None:
-                    raise self._error
-                add_note(exc, str(self._error))
+            except Exception as error:
+                errors.append(error)
+        first = exc if exc is not None else next(iter(errors), None)
+        if first is None:
+            return
+        if isinstance(first, Exception):
+            first = next((one for one in errors if not isinstance(one, Exception)), first)
+        for other in errors:
+            if other is not first:
+                add_error(first, other)
+        if first is not exc:
+            raise first
 
 
 def _warn_caller(text: str) -> None:

@@ -8,6 +8,7 @@ from flash_attention_registry.errors import (
     ImplUnavailableError,
     NotRegisteredError,
     UnknownImplError,
+    add_error,
     add_note,
 )
 from flash_attention_registry.lock import TransitionLock
@@ -152,7 +153,7 @@ class Registry:
     def enter(self, impl: str) -> Active | None:
         """Activate `impl`; return what was active before, for `leave`.
 
-        If this raises, what was active before is active again.
+        If this raises, what was active before is active again, if it can be.
         """
         self._load_for(impl)
         activated = False
@@ -161,9 +162,12 @@ class Registry:
                 previous = self._slot.active
                 self._activate(impl, turn)
                 activated = True
-        except BaseException:
-            if activated:  # raised afterwards: a RestoreError, or a warning turned into an error
-                self.leave(previous)
+        except BaseException as error:
+            if activated:  # what is raised when the turn is over
+                try:
+                    self.leave(previous)
+                except Exception as second:
+                    add_error(error, second)
             raise
         return previous
 
@@ -179,13 +183,14 @@ class Registry:
         target = None
         if previous is not None:
             name = previous.registration.name
-            target = self._registrations.get(name)
-            if target is None:
+            if name in self._registrations:
+                target = previous.registration  # what was active, even if registered again since
+            else:
                 turn.warn(
                     f"Cannot return to flash attention impl {name!r}: it was unregistered in the "
                     f"meantime. No implementation is active: stock kernels run."
                 )
-        if target is not None and now is not None and now.registration is target:
+        if now is not None and now.registration is target:
             return
         try:
             self._slot.put(target, turn)
@@ -265,12 +270,9 @@ class Registry:
     def snapshot(self) -> RegistrySnapshot:
         """Return everything that `reset` needs to go back to this moment."""
         with self._lock.hold("take a snapshot"):
+            slot = self._slot
             return RegistrySnapshot(
-                self._registrations,
-                self._slot.active,
-                self._slot.stuck,
-                dict(self._slot.listeners),
-                self.discovery.save(),
+                self._registrations, slot.active, dict(slot.listeners), self.discovery.save()
             )
 
     def reset(self, snapshot: RegistrySnapshot) -> None:
@@ -278,7 +280,7 @@ class Registry:
 
         What is active now is removed through its handle, and what was active then is installed
         through its `register_fn`, unless it is the same. Registrations, listeners and the scan of
-        entry points are as they were.
+        entry points are as they were. Handles whose `remove()` raised since stay kept.
 
         Args:
             snapshot: What `snapshot()` of this registry returned.
@@ -289,7 +291,6 @@ class Registry:
             if now is not None and now.registration is not target:
                 self._slot.put(None, turn)
             self._registrations = snapshot.registrations
-            self._slot.stuck = snapshot.stuck
             self._slot.listeners.clear()
             self._slot.listeners.update(snapshot.listeners)
             self.discovery.restore(snapshot.discovery)

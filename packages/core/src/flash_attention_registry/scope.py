@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flash_attention_registry.errors import RegistryWarning, add_error
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,4 +36,9 @@ class ImplScope:
         traceback: TracebackType | None,
     ) -> None:
         """Return to what was active at the matching entry."""
-        self._registry.leave(self._previous.pop())
+        try:
+            self._registry.leave(self._previous.pop())
+        except RegistryWarning as warning:  # a filter made it an error
+            if exc is None:
+                raise
+            add_error(exc, warning)

@@ -90,7 +90,8 @@ class Slot(ForkSensitive):
 
         Args:
             target: What to activate; nobody is asked whether it is available.
-            turn: Takes the warnings, and the `RestoreError` if the old one's `remove()` raised.
+            turn: Takes the warnings, the `RestoreError` if the old one's `remove()` raised, and an
+                interrupt that a listener raised.
         """
         previous = self.active
         if target is None and previous is None:
@@ -106,7 +107,6 @@ class Slot(ForkSensitive):
                 add_note(error, str(removal_error))
             self._put_back(previous, error, turn)
             raise
-        self._commit(active, turn)
         if removal_error is not None:
             turn.raise_after(removal_error)
         if previous is not None and previous.handle is None:
@@ -115,6 +115,7 @@ class Slot(ForkSensitive):
                 f"returned no handle: its kernels cannot be removed and may still run. Restart "
                 f"the process to be rid of them."
             )
+        self._commit(active, turn)
 
     def _remove(self, active: Active | None, turn: Turn) -> RestoreError | None:
         """Remove `active`; return what to raise in the end if its `remove()` raised."""
@@ -155,7 +156,7 @@ class Slot(ForkSensitive):
             self._commit(None, turn)
 
     def _commit(self, active: Active | None, turn: Turn) -> None:
-        """Make `active` what everybody sees and tell the listeners."""
+        """Make `active` what everybody sees and tell every listener, whatever one raises."""
         before, after = self.name(), None if active is None else active.registration.name
         self.active, self._removed = active, False
         for listener in list(self.listeners.values()):
@@ -166,6 +167,8 @@ class Slot(ForkSensitive):
                     f"A transition listener ({listener!r}) raised {describe(error)}. The "
                     f"transition from {before!r} to {after!r} took place all the same."
                 )
+            except BaseException as interrupt:
+                turn.raise_after(interrupt)
 
     def name(self) -> str | None:
         """Return the name of what is active, or None."""

@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flash_attention_registry.discovery import ProviderEntry
-    from flash_attention_registry.handle import FlashAttentionHandle
     from flash_attention_registry.registration import Registration
     from flash_attention_registry.slot import Active, Listener
 
@@ -15,19 +14,17 @@ if TYPE_CHECKING:
 class RegistrySnapshot:
     """What `Registry.snapshot` returns and `Registry.reset` takes; its contents are theirs."""
 
-    __slots__ = ("active", "discovery", "listeners", "registrations", "stuck")
+    __slots__ = ("active", "discovery", "listeners", "registrations")
 
     def __init__(
         self,
         registrations: dict[str, Registration],
         active: Active | None,
-        stuck: tuple[FlashAttentionHandle, ...],
         listeners: Mapping[object, Listener],
         discovery: tuple[dict[str, ProviderEntry] | None, dict[str, str]],
     ) -> None:
         """Keep the parts."""
         self.registrations = registrations
         self.active = active
-        self.stuck = stuck
         self.listeners = listeners
         self.discovery = discovery

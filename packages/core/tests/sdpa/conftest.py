@@ -158,6 +158,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(router, "_stock_kernel", stock_kernel)
     yield
-    sdpa.uninstall("cpu")
-    sdpa.uninstall("cuda")
+    for device_type, slot in router._slots.items():
+        slot.kernels = None
+        sdpa.uninstall(device_type)
     sdpa.reset_dispatch_counts()

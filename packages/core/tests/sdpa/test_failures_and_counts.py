@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import warnings
 
@@ -66,6 +67,54 @@ def test_second_failure_of_a_kind_is_counted_without_a_warning(plain_kernels: ty
         warnings.simplefilter("error")
         F.scaled_dot_product_attention(tensor, tensor, tensor)
     assert dispatch_counts()[FORWARD].declined == {"kernel raised KernelError": 2}
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_failure_is_logged_where_warnings_are_errors(
+    kind: str, plain_kernels: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensor = query()
+    expected = F.scaled_dot_product_attention(tensor, tensor, tensor)
+    out = expected
+    install(plain_kernels(f"strict-{kind}", KernelError("quiet")), "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if kind == "forward":
+            out = F.scaled_dot_product_attention(tensor, tensor, tensor)
+        else:
+            out.sum().backward()
+    assert torch.equal(out, expected)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"strict-{kind} raised KernelError" in caplog.text
+
+
+def test_failure_whose_text_fails_falls_back_too(plain_kernels: type) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    tensor = query().detach()
+    install(plain_kernels("mute", Mute()), "cpu")
+    with pytest.warns(RuntimeWarning, match="mute raised Mute.*text cannot be had: ValueError"):
+        F.scaled_dot_product_attention(tensor, tensor, tensor)
+    assert dispatch_counts()[FORWARD].declined == {"kernel raised Mute": 1}
+
+
+def test_warning_comes_after_stock_has_run_and_is_no_part_of_an_exception(
+    plain_kernels: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def show(*_: object, **__: object) -> None:
+        seen.append((dispatch_counts()[FORWARD].total_declined, sys.exc_info()[1]))
+
+    tensor = query().detach()
+    install(plain_kernels("late", KernelError("late")), "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        F.scaled_dot_product_attention(tensor, tensor, tensor)
+    assert seen == [(1, None)]
 
 
 def test_interruption_is_not_swallowed(plain_kernels: type) -> None:
@@ -131,7 +180,7 @@ def test_forked_child_can_count_and_install(plain_kernels: type) -> None:
     from flash_attention_registry.sdpa import counters, router
 
     handle = install(plain_kernels(), "cpu")
-    with counters._lock, router._lock, warnings.catch_warnings():
+    with counters._guard.lock, router._guard.lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's threads; the child below uses none of them
         child = os.fork()
         if child == 0:

@@ -81,15 +81,26 @@ def test_uninstall_leaves_the_dispatcher_as_it_was(plain_kernels: type) -> None:
     overrides = set(torch.library._impls)
     handle = install(plain_kernels(), "cpu")
     assert repr(torch.library.get_kernel(f"aten::{FORWARD}", "CPU")) != before
+    handle.remove()
     uninstall("cpu")
     assert repr(torch.library.get_kernel(f"aten::{FORWARD}", "CPU")) == before
     assert set(torch.library._impls) == overrides
+    uninstall("cpu")
+
+
+def test_uninstall_under_an_installed_kernel_set_is_refused(plain_kernels: type) -> None:
+    kernel_set = plain_kernels("in-use")
+    handle = install(kernel_set, "cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu'.*in-use is installed.*remove\(\) of the handle"):
+        uninstall("cpu")
+    attention()
+    assert len(kernel_set.calls) == 1
     handle.remove()
     uninstall("cpu")
 
 
 def test_install_works_again_after_uninstall(plain_kernels: type) -> None:
-    install(plain_kernels(), "cpu")
+    install(plain_kernels(), "cpu").remove()
     uninstall("cpu")
     kernel_set = plain_kernels()
     install(kernel_set, "cpu")
@@ -114,11 +125,72 @@ def test_python_override_of_others_is_told_and_used_for_declined_calls(plain_ker
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl(FORWARD, theirs, "CPU", allow_override=True)
         with pytest.warns(RuntimeWarning, match=f"aten::{FORWARD} .CPU. is already overridden"):
-            install(plain_kernels(), "cpu")
+            handle = install(plain_kernels(), "cpu")
         attention()
         F.scaled_dot_product_attention(QUERY.float(), QUERY.float(), QUERY.float())
         assert seen == [torch.float32]
+        handle.remove()
         uninstall("cpu")
+
+
+def test_install_under_a_later_override_of_others_says_that_nothing_is_served(
+    plain_kernels: type,
+) -> None:
+    def theirs(query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return torch.empty_like(query), torch.empty(query.shape[:3])
+
+    install(plain_kernels(), "cpu").remove()
+    kernel_set = plain_kernels("hidden")
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(FORWARD, theirs, "CPU", allow_override=True)
+        with pytest.warns(RuntimeWarning, match=rf"aten::{FORWARD} \(CPU\) since") as caught:
+            install(kernel_set, "cpu")
+        assert caught[0].filename == __file__
+        attention()
+        assert kernel_set.calls == []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(RuntimeWarning):
+                install(plain_kernels("refused"), "cpu")
+        assert installed_kernel_sets() == {"cpu": kernel_set}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        install(kernel_set, "cpu")
+    attention()
+    assert len(kernel_set.calls) == 1
+
+
+def test_nothing_is_told_by_kernels_whose_text_is_an_address(
+    plain_kernels: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unlabelled:
+        def __init__(self, op: str, dispatch_key: str) -> None:
+            self.call_boxed = get_kernel(op, dispatch_key).call_boxed
+
+    get_kernel = torch.library.get_kernel
+    monkeypatch.setattr(torch.library, "get_kernel", Unlabelled)
+    install(plain_kernels(), "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        install(plain_kernels(), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_inside_a_kernel_set_is_stocks(plain_kernels: type, dtype: torch.dtype) -> None:
+    class Nested(plain_kernels):  # type: ignore[misc]  # a base that is a value
+        def forward(self, call: Any) -> Any:
+            rows = call.query.transpose(1, 2).to(dtype)
+            inner.append(F.scaled_dot_product_attention(rows, rows, rows))
+            return super().forward(call)
+
+    inner: list[torch.Tensor] = []
+    expected = F.scaled_dot_product_attention(*[QUERY.to(dtype)] * 3)
+    install(Nested(), "cpu")
+    attention()
+    attention()
+    assert all(torch.equal(one, expected) for one in inner)
+    counts = dispatch_counts()[FORWARD]
+    assert (counts.served, counts.declined) == (2, {"called from inside a kernel set": 2})
 
 
 @pytest.mark.filterwarnings("ignore:aten")
@@ -143,7 +215,7 @@ def test_call_declined_at_an_outer_op_stays_declined_inside_stock(
         library.impl(outer, stock_outer, "CUDA", allow_override=True)
         library.impl(inner, stock_inner, "CUDA", allow_override=True)
         kernel_set = plain_kernels()
-        install(kernel_set, "cuda")
+        handle = install(kernel_set, "cuda")
         cuda_op(outer, QUERY, QUERY, QUERY, 0.5)
         assert seen == [outer, inner]
         assert kernel_set.calls == []
@@ -151,6 +223,7 @@ def test_call_declined_at_an_outer_op_stays_declined_inside_stock(
         assert (counts[outer].total_declined, counts[inner].total_declined) == (1, 0)
         cuda_op(outer, QUERY, QUERY, QUERY)
         assert len(kernel_set.calls) == 1
+        handle.remove()
         uninstall("cuda")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from flash_attention_registry.errors import text_of
+from flash_attention_registry.fork import ForkSafeLock
 
 __all__ = [
     "DispatchCounts",
@@ -17,20 +18,11 @@ __all__ = [
     "counter_of",
     "dispatch_counts",
     "reset_dispatch_counts",
+    "warn_or_log",
 ]
 
 _logger = logging.getLogger("flash_attention_registry.sdpa")
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    """Give a forked child a lock that no thread of its parent holds."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
+_guard = ForkSafeLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,33 +100,36 @@ class OpCounter:
 
     def count_served(self) -> None:
         """Count a call that a kernel set ran."""
-        with _lock:
+        with _guard.lock:
             self._served += 1
 
     def count_declined(self, reason: str) -> None:
         """Count a call that goes to stock, and log its reason the first time."""
-        with _lock:
+        with _guard.lock:
             self._declined[reason] = self._declined.get(reason, 0) + 1
             if reason in self._logged:
                 return
             self._logged.add(reason)
         _logger.info("aten::%s runs on stock: %s", self.op, reason)
 
-    def reason_of_failure(self, kernel_set: str, error: Exception) -> str:
-        """The reason to count for a kernel set that raised; warn the first time of its kind."""
+    def note_failure(self, kernel_set: str, error: Exception) -> tuple[str, str | None]:
+        """Take note of a kernel set that raised; to be called while its exception is handled.
+
+        Returns:
+            The reason to count, and what to warn of once the call has run on stock: None from the
+            second failure of a kind on. Text only, since the exception keeps tensors alive.
+        """
         kind = (kernel_set, type(error))
-        with _lock:
+        with _guard.lock:
             known = kind in self._failures
             self._failures.add(kind)
-        if not known:
-            warnings.warn(
-                f"{kernel_set} raised {type(error).__name__} in aten::{self.op}, and this call "
-                f"ran on torch's own kernel instead: {error}. Further {type(error).__name__} "
-                "there are counted by dispatch_counts() and not warned of.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return f"kernel raised {type(error).__name__}"
+        name = type(error).__name__
+        text = (
+            f"{kernel_set} raised {name} in aten::{self.op}, and this call ran on torch's own "
+            f"kernel instead: {text_of(error)}. Further {name} there are counted by "
+            "dispatch_counts() and not warned of."
+        )
+        return f"kernel raised {name}", None if known else text
 
     def counts(self) -> OpCounts:
         """The counts so far; the caller holds the lock."""
@@ -146,23 +141,34 @@ class OpCounter:
         self._declined = {}
 
 
+def warn_or_log(text: str) -> None:
+    """Give a `RuntimeWarning` to the caller's caller; log it where warnings are errors.
+
+    A call that stock has run must not fail because of what is to be said about it.
+    """
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    except Exception:
+        _logger.warning("%s", text)
+
+
 _counters: dict[str, OpCounter] = {}
 
 
 def counter_of(op: str) -> OpCounter:
     """The one counter of `op`, made at the first request."""
-    with _lock:
+    with _guard.lock:
         return _counters.setdefault(op, OpCounter(op))
 
 
 def dispatch_counts() -> DispatchCounts:
     """Calls served and declined since the start or the last reset, by aten op."""
-    with _lock:
+    with _guard.lock:
         return DispatchCounts({op: counter.counts() for op, counter in _counters.items()})
 
 
 def reset_dispatch_counts() -> None:
     """Set every count to zero."""
-    with _lock:
+    with _guard.lock:
         for counter in _counters.values():
             counter.reset()

@@ -7,64 +7,31 @@ that it reads. An empty slot is stock: the captured kernel, called with the same
 
 from __future__ import annotations
 
-import os
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from flash_attention_registry.fork import ForkSafeLock
+
 from .capabilities import KernelSet
-from .counters import OpCounter, counter_of
-from .ops import ROUTED_OPS, Adapter, difference_to_schema, schema_of
+from .counters import counter_of
+from .ops import ROUTED_OPS, difference_to_schema, schema_of
+from .route import Slot, make_route
 from .serving import ActiveKernels
 
 __all__ = ["InstalledKernels", "install", "installed_kernel_sets", "uninstall"]
 
 
-class _Slot:
-    """What the routers of one device type read."""
-
-    __slots__ = ("kernels", "library")
-
-    def __init__(self) -> None:
-        self.kernels: ActiveKernels | None = None
-        # Any: torch's Library has no annotations.
-        self.library: Any = None
-
-
-_slots = {device_type: _Slot() for device_type in ROUTED_OPS}
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    """Give a forked child a lock that no thread of its parent holds."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-class _Thread(threading.local):
-    """Whether this thread is inside a stock kernel that a declined call went to.
-
-    Stock's SDPA kernels call the general flash ops through the dispatcher, and so meet a router
-    again. What was declined stays declined, and is counted once.
-    """
-
-    in_declined_call = False
-
-
-_thread = _Thread()
+_slots = {device_type: Slot() for device_type in ROUTED_OPS}
+_guard = ForkSafeLock()
 
 
 class InstalledKernels:
     """Handle on an installed kernel set."""
 
-    def __init__(self, slot: _Slot, kernels: ActiveKernels) -> None:
+    def __init__(self, slot: Slot, kernels: ActiveKernels) -> None:
         """Remember what was put where."""
         self._slot = slot
         self._kernels = kernels
@@ -74,7 +41,7 @@ class InstalledKernels:
 
         Calls that are running finish on this kernel set; calls that begin later are stock's.
         """
-        with _lock:
+        with _guard.lock:
             if self._slot.kernels is self._kernels:
                 self._slot.kernels = None
 
@@ -93,6 +60,11 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
     Returns:
         A handle whose `remove()` puts stock back.
 
+    Warns:
+        RuntimeWarning: Another library's Python kernel stands below the routers, or has since been
+            put on top of them and takes the calls. Where a filter makes it an error, nothing is
+            installed.
+
     Raises:
         ValueError: `device_type` has no routed ops, or `kernel_set` does not declare it.
         TypeError: `kernel_set` lacks a part of `KernelSet`.
@@ -110,7 +82,8 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
             f"capabilities declare {sorted(declared)}"
         )
     kernels = ActiveKernels(kernel_set)
-    with _lock:
+    _warn_of_hidden_routers(device_type, slot)
+    with _guard.lock:
         if slot.library is None:
             slot.library = _install_routers(device_type, slot)
         slot.kernels = kernels
@@ -124,7 +97,7 @@ def installed_kernel_sets() -> dict[str, KernelSet]:
 
 
 def uninstall(device_type: str = "cuda") -> None:
-    """Take the routers of `device_type` out of the dispatcher, and any kernel set with them.
+    """Take the routers of `device_type` out of the dispatcher, once no kernel set is installed.
 
     For processes that must be exactly as they were. No other thread may be inside attention
     meanwhile, since torch frees the routers at once; `remove()` of a handle has no such
@@ -132,16 +105,24 @@ def uninstall(device_type: str = "cuda") -> None:
 
     Raises:
         ValueError: `device_type` has no routed ops.
+        RuntimeError: A kernel set is installed; restore stock kernels first.
     """
     slot = _slot_of(device_type)
-    with _lock:
-        slot.kernels = None
+    with _guard.lock:
+        if slot.kernels is not None:
+            raise RuntimeError(
+                f"cannot take the routers of {device_type!r} out of the dispatcher: the kernel set "
+                f"{slot.kernels.name} is installed there. Restore stock kernels first "
+                "(restore_flash_attention_impl(), or remove() of the handle that install() "
+                "returned)"
+            )
         library, slot.library = slot.library, None
+        slot.routers = {}
         if library is not None:
             library._destroy()
 
 
-def _slot_of(device_type: str) -> _Slot:
+def _slot_of(device_type: str) -> Slot:
     slot = _slots.get(device_type)
     if slot is None:
         raise ValueError(
@@ -151,7 +132,7 @@ def _slot_of(device_type: str) -> _Slot:
     return slot
 
 
-def _install_routers(device_type: str, slot: _Slot) -> Any:
+def _install_routers(device_type: str, slot: Slot) -> Any:
     """Put a router over every op of `device_type` that this torch has.
 
     Returns:
@@ -160,6 +141,7 @@ def _install_routers(device_type: str, slot: _Slot) -> Any:
     routed = ROUTED_OPS[device_type]
     make_library: Any = torch.library.Library
     library = make_library("aten", "IMPL")
+    routers = {}
     with warnings.catch_warnings():
         # torch says once per process that a kernel is overridden, which is what we are here for.
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
@@ -179,9 +161,11 @@ def _install_routers(device_type: str, slot: _Slot) -> Any:
                 continue
             _warn_of_python_override(op, routed.dispatch_key)
             stock = _stock_kernel(op, routed.dispatch_key)
-            route = _route(op, routed.dispatch_key, adapter, slot, stock, counter_of(op))
+            route = make_route(op, routed.dispatch_key, adapter, slot, stock, counter_of(op))
             library.impl(op, route, routed.dispatch_key, with_keyset=True, allow_override=True)
+            routers[op] = _kernel_text(op, routed.dispatch_key)
     _forget_python_overrides(library)
+    slot.routers = routers
     return library
 
 
@@ -197,46 +181,34 @@ def _stock_kernel(op: str, dispatch_key: str) -> Callable[..., Any] | None:
         return None
 
 
-def _route(
-    op: str,
-    dispatch_key: str,
-    adapter: Adapter,
-    slot: _Slot,
-    stock: Callable[..., Any] | None,
-    counter: OpCounter,
-) -> Callable[..., Any]:
-    """The Python kernel of one op: reads the slot, serves or goes to stock."""
+def _kernel_text(op: str, dispatch_key: str) -> str | None:
+    """What torch says about the kernel that it would run: the line that registered it.
 
-    def missing_stock(*_args: object, **_kwargs: object) -> Any:
-        raise RuntimeError(
-            f"aten::{op} was called for {dispatch_key} and no kernel set served it, but this "
-            f"build of torch ({torch.__version__}) has no {dispatch_key} kernel to fall back to; "
-            "dispatch_counts() names the reason of a declined call"
+    None if it says something else at each look, such as an address.
+    """
+    looks = [torch.library.get_kernel(f"aten::{op}", dispatch_key) for _ in range(2)]
+    text, again = map(repr, looks)
+    return text if text == again else None
+
+
+def _warn_of_hidden_routers(device_type: str, slot: Slot) -> None:
+    """Warn if calls no longer reach the routers, because another library's kernel is on top.
+
+    A kernel cannot be asked whether it is ours, and calling it with made-up tensors is not safe;
+    but torch tells the line that registered it, and all routers have one line in this package.
+    """
+    key = ROUTED_OPS[device_type].dispatch_key
+    hidden = [op for op, text in slot.routers.items() if _kernel_text(op, key) != text]
+    if hidden:
+        warnings.warn(
+            f"another library has overridden {', '.join('aten::' + op for op in hidden)} ({key}) "
+            f"since flash-attention-registry did, so these calls do not reach the kernel set that "
+            f"is being installed. Take its override away (torch's own FA3 or FA4: "
+            f"torch.nn.attention.restore_flash_attention_impl()), or, with nothing installed, "
+            f"call flash_attention_registry.sdpa.uninstall({device_type!r}) and install again.",
+            RuntimeWarning,
+            stacklevel=3,
         )
-
-    run_stock = missing_stock if stock is None else stock
-
-    def route(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        kernels = slot.kernels
-        if kernels is None or _thread.in_declined_call:
-            return run_stock(keyset, *args, **kwargs)
-        try:
-            result = adapter(kernels, *args, **kwargs)
-        except Exception as error:
-            result = counter.reason_of_failure(kernels.name, error)
-        # Outside of the except block: the exception's frames would keep its tensors alive while
-        # stock runs, and the exception may be that memory is short.
-        if isinstance(result, str):
-            counter.count_declined(result)
-            _thread.in_declined_call = True
-            try:
-                return run_stock(keyset, *args, **kwargs)
-            finally:
-                _thread.in_declined_call = False
-        counter.count_served()
-        return result
-
-    return route
 
 
 def _warn_of_python_override(op: str, dispatch_key: str) -> None:

@@ -1,0 +1,129 @@
+"""The Python kernel that stands at one op and dispatch key, and what it reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .counters import OpCounter, warn_or_log
+from .ops import Adapter
+from .serving import ActiveKernels
+
+__all__ = ["Slot", "make_route"]
+
+_SERVING = "serving"
+_ON_STOCK = "on stock"
+_NESTED = "called from inside a kernel set"
+
+
+class Slot:
+    """What the routers of one device type read.
+
+    Attributes:
+        kernels: The installed kernel set; None is stock.
+        library: The `torch.library.Library` that holds the routers, None if they are not in.
+        routers: What torch said about each op's kernel when its router had just been put in.
+    """
+
+    __slots__ = ("kernels", "library", "routers")
+
+    def __init__(self) -> None:
+        """Start on stock, without routers."""
+        self.kernels: ActiveKernels | None = None
+        # Any: torch's Library has no annotations.
+        self.library: Any = None
+        self.routers: dict[str, str | None] = {}
+
+
+class _Thread(threading.local):
+    """What this thread is inside of: None, a kernel set, or stock after a declined call.
+
+    A kernel set may use torch's attention itself, and would meet its own router. Stock's SDPA
+    kernels call the general flash ops through the dispatcher, and meet a router too: what was
+    declined stays declined, and is counted once.
+    """
+
+    inside: str | None = None
+
+
+_thread = _Thread()
+
+
+def make_route(
+    op: str,
+    dispatch_key: str,
+    adapter: Adapter,
+    slot: Slot,
+    stock: Callable[..., Any] | None,
+    counter: OpCounter,
+) -> Callable[..., Any]:
+    """Make the Python kernel of one op: it reads the slot, serves or goes to stock.
+
+    Args:
+        op: The op's name, without `aten::`.
+        dispatch_key: Where the kernel will stand.
+        adapter: Serves the op's calls or says why not.
+        slot: Holds the kernel set.
+        stock: The kernel to go to, None if this build of torch has none.
+        counter: Counts the op's calls.
+
+    Returns:
+        A function that takes the dispatch keys and the op's arguments.
+    """
+    run_stock = _missing_stock(op, dispatch_key) if stock is None else stock
+
+    def on_stock(*args: Any, **kwargs: Any) -> Any:
+        before = _thread.inside
+        try:
+            _thread.inside = _ON_STOCK
+            return run_stock(*args, **kwargs)
+        finally:
+            _thread.inside = before
+
+    def route(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        kernels = slot.kernels
+        if kernels is None:
+            return run_stock(keyset, *args, **kwargs)
+        inside = _thread.inside
+        if inside is not None:
+            if inside is _ON_STOCK:
+                return run_stock(keyset, *args, **kwargs)
+            counter.count_declined(_NESTED)
+            return on_stock(keyset, *args, **kwargs)
+        warning = None
+        try:
+            _thread.inside = _SERVING
+            result = adapter(kernels, *args, **kwargs)
+        except Exception as error:
+            result, warning = counter.note_failure(kernels.name, error)
+        finally:
+            _thread.inside = None
+        if not isinstance(result, str):
+            counter.count_served()
+            return result
+        # Outside of the except block: the exception's frames would keep its tensors alive while
+        # stock runs, and the exception may be that memory is short.
+        counter.count_declined(result)
+        try:
+            return on_stock(keyset, *args, **kwargs)
+        finally:
+            if warning is not None:
+                warn_or_log(warning)
+
+    return route
+
+
+def _missing_stock(op: str, dispatch_key: str) -> Callable[..., Any]:
+    """Stand in for the kernel that this build of torch lacks."""
+
+    def missing_stock(*_args: object, **_kwargs: object) -> Any:
+        raise RuntimeError(
+            f"aten::{op} was called for {dispatch_key} and no kernel set served it, but this "
+            f"build of torch ({torch.__version__}) has no {dispatch_key} kernel to fall back to; "
+            "dispatch_counts() names the reason of a declined call"
+        )
+
+    return missing_stock
