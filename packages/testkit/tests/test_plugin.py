@@ -197,6 +197,16 @@ def test_kernels_left_behind_torchs_ops_are_an_error(pytester: pytest.Pytester) 
 GPU_TEST = "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
 
 
+def test_a_gpu_test_without_torch_is_skipped(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    pytester.makepyfile(GPU_TEST)
+    result = pytester.runpytest_inprocess("--strict-markers", "-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*needs torch, which is not installed*"])
+
+
 @pytest.mark.parametrize(
     ("devices", "interpreted", "outcome", "reason"),
     [

@@ -36,11 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _why_no_gpu() -> str | None:
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "needs torch, which is not installed"
     if not torch.cuda.is_available():
         return f"needs a CUDA device, and torch {torch.__version__} finds none"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         return "Triton interprets in this process; GPU tests run in their own: pytest -m gpu"
     return None
 
