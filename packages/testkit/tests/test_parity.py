@@ -115,6 +115,7 @@ def test_failure_text_names_case_limits_place_and_what_to_expect(flash_style, ma
     text = str(raised.value)
     assert text.startswith("bf16-113x203: out not as right as this precision allows")
     assert "out[0, 56, 0, 3]" in text
+    assert "sequence 0, rows 32 to 63, head 0" in text
     for number in (
         report["out"].max_error,
         report["out"].max_limit,
@@ -122,6 +123,9 @@ def test_failure_text_names_case_limits_place_and_what_to_expect(flash_style, ma
         report["out"].rms_limit,
         report["out"].reference_max,
         report["out"].reference_rms,
+        report["out"].local_error,
+        report["out"].local_limit,
+        report["out"].local_reference,
     ):
         assert f"{number:.3e}" in text
     assert "lse:" not in text
@@ -214,7 +218,7 @@ def test_a_provider_may_ask_for_larger_factors(flash_style, make_inputs) -> None
     actual = flash_style("scores in storage dtype")(query, key, value)
 
     assert not measure_sdpa_parity("default", actual, query, key, value).passed
-    loose = ParityRule(k_max=30.0, k_rms=30.0, lse_tolerance=1e-1)
+    loose = ParityRule(k_max=30.0, k_rms=30.0, k_local=30.0, lse_tolerance=1e-1)
     assert measure_sdpa_parity("loose", actual, query, key, value, rule=loose).passed
 
 
@@ -234,6 +238,16 @@ def test_report_shows_every_tensor_and_its_verdict(square) -> None:
     ]
     with pytest.raises(KeyError, match="checked were out, lse, dq, dk, dv"):
         report["delta"]
+
+
+def test_results_without_any_error_pass_beside_empty_sequences() -> None:
+    x = torch.zeros(40, 2, 8, dtype=torch.float16)
+    edges = torch.tensor([0, 0, 40, 40])
+    options = {"grad_out": x, "cu_seqlens_query": edges, "cu_seqlens_key": edges}
+
+    report = assert_sdpa_parity("zeros", faithful_sdpa(x, x, x, **options), x, x, x, **options)
+
+    assert report["dk"].local_place == "sequence 1, keys 0 to 39, head 0"
 
 
 def test_empty_inputs_pass() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -212,6 +213,10 @@ def test_a_gpu_test_without_torch_is_skipped(
     [
         (True, "0", {"passed": 1}, None),
         (True, "1", {"skipped": 1}, "*pytest -m gpu*"),
+        (True, "True", {"skipped": 1}, "*pytest -m gpu*"),
+        (True, "yes", {"skipped": 1}, "*pytest -m gpu*"),
+        (True, "on", {"skipped": 1}, "*pytest -m gpu*"),
+        (True, "Y", {"skipped": 1}, "*pytest -m gpu*"),
         (False, "0", {"skipped": 1}, "*needs a CUDA device*"),
     ],
 )
@@ -272,6 +277,14 @@ except AttributeError as error:
 """
     answers = run_python(code).splitlines()
     assert answers == ["True", "module 'flash_attention_testkit' has no attribute 'nothing'"]
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    code = (
+        "import sys, flash_attention_testkit as kit; print(kit.__version__, 'torch' in sys.modules)"
+    )
+    version = importlib.metadata.version("flash-attention-testkit")
+    assert run_python(code).split() == [version, "False"]
 
 
 def test_without_torch_the_error_says_what_to_install() -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         reference_sdpa,
     )
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "AttentionOptions",
@@ -57,7 +57,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for."""
+    """Import what needs torch when it is first asked for; look the version up likewise."""
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import, and seldom asked for
+
+        return version("flash-attention-testkit")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
@@ -79,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The lazy names too."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from flash_attention_testkit._blocks import Blocks
+from flash_attention_testkit._luck import Luck
 from flash_attention_testkit._report import TensorParity
+from flash_attention_testkit._rule import ParityRule
 
 FP32_EPS = torch.finfo(torch.float32).eps
 
@@ -15,20 +20,21 @@ def compare(
     actual: Tensor,
     exact: Tensor,
     faithful: Tensor,
-    k_max: float,
-    k_rms: float,
-    allowance: Tensor | None = None,
+    rule: ParityRule,
+    blocks: Blocks,
+    luck: Luck | None = None,
 ) -> TensorParity:
-    """The two-sided rule for out or a gradient, all three tensors of one shape.
+    """The rule for out or a gradient, all three tensors of one shape: overall and by blocks.
 
     Args:
         name: Names the tensor in the report.
         actual: What was found, in the inputs' dtype.
         exact: float64.
         faithful: In the inputs' dtype.
-        k_max: Factor of the largest error.
-        k_rms: Factor of the root mean square error.
-        allowance: Errors that may come on top, in the same shape.
+        rule: Factors of the faithful reference's errors.
+        blocks: The tensor's rows.
+        luck: Errors that may come on top: divided by the root of the number of rows overall,
+            undivided in a block, for one row may matter there.
     """
     comparable = exact.isfinite() & faithful.isfinite()
     error = _error(actual, exact, comparable)
@@ -37,17 +43,49 @@ def compare(
     rounding = torch.finfo(actual.dtype).eps * largest
     # One fp32 unit, so that a kernel may err at all where the faithful reference happens not to.
     negligible = FP32_EPS * largest
-    extra = torch.zeros_like(exact) if allowance is None else allowance
-    max_limit = k_max * largest_of(reference) + rounding + largest_of(extra)
-    return _describe(
+    unlucky = torch.zeros_like(exact) if luck is None else luck.error
+    few = 1.0 if luck is None else luck.rows**-0.5
+    max_limit = rule.k_max * largest_of(reference) + rounding + few * largest_of(unlucky)
+    whole = _describe(
         name,
         actual,
         exact,
         error,
         max_limit=torch.full_like(error, max_limit),
-        rms_limit=k_rms * _rms(reference) + negligible + _rms(extra),
+        rms_limit=rule.k_rms * _rms(reference) + negligible + few * _rms(unlucky),
         reference=reference,
         problems=_finiteness_problems(actual, exact, comparable),
+    )
+    sizes = torch.where(comparable, exact, 0.0)
+    local_limit = (
+        rule.k_local * blocks.rms(reference)
+        + _roundings(blocks.rms(sizes), actual.dtype)
+        + blocks.rms(unlucky)
+    )
+    return _add_worst_block(whole, blocks, blocks.rms(error), local_limit, blocks.rms(reference))
+
+
+def _roundings(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two unit roundoffs of values of this size, and one unit of the smallest values there are."""
+    info = torch.finfo(dtype)
+    return info.eps * size + info.eps * info.smallest_normal
+
+
+def _add_worst_block(
+    whole: TensorParity, blocks: Blocks, error: Tensor, limit: Tensor, reference: Tensor
+) -> TensorParity:
+    """The comparison with its worst block, by errors and limits ``[blocks, H]``, added to it."""
+    if error.numel() == 0:
+        return whole
+    worst = (error / limit).argmax()
+    block, head = (int(place) for place in torch.unravel_index(worst, error.shape))
+    what = "keys" if whole.name in ("dk", "dv") else "rows"
+    return replace(
+        whole,
+        local_error=float(error[block, head]),
+        local_limit=float(limit[block, head]),
+        local_reference=float(reference[block, head]),
+        local_place=f"{blocks.describe(block, what)}, head {head}",
     )
 
 

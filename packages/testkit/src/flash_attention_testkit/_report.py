@@ -20,6 +20,11 @@ class TensorParity:
         worst_index: Index of the element with the largest error (for lse: relative to its limit).
         worst_actual: What was found there.
         worst_exact: What belongs there.
+        local_error: Root mean square of the distances in the worst block of one head, by its
+            limit; 0 for lse, every row of which has its own limit.
+        local_limit: What it may be at most; inf for lse.
+        local_reference: Root mean square of a faithful kernel's errors in that block.
+        local_place: Where that block is, as in ``sequence 0, keys 32 to 63, head 1``.
         problems: Anything that is no question of precision: shape, dtype, NaN, Inf.
     """
 
@@ -33,13 +38,17 @@ class TensorParity:
     worst_index: tuple[int, ...] = ()
     worst_actual: float = float("nan")
     worst_exact: float = float("nan")
+    local_error: float = 0.0
+    local_limit: float = float("inf")
+    local_reference: float = 0.0
+    local_place: str = ""
     problems: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong and both errors are within their limits."""
-        within = self.max_error <= self.max_limit and self.rms_error <= self.rms_limit
-        return not self.problems and within
+        """Whether nothing is wrong and all errors are within their limits."""
+        overall = self.max_error <= self.max_limit and self.rms_error <= self.rms_limit
+        return not self.problems and overall and self.local_error <= self.local_limit
 
     def failure_text(self) -> str:
         """What is wrong with this tensor, in full."""
@@ -52,6 +61,12 @@ class TensorParity:
                 f"{self.name}[{index}], which is {self.worst_actual:.6g} and should be "
                 f"{self.worst_exact:.6g}; a kernel of this precision errs by max "
                 f"{self.reference_max:.3e}, rms {self.reference_rms:.3e}"
+            )
+        if self.local_place:
+            lines.append(
+                f"  {self.name}: worst block: {self.local_place}; rms error there "
+                f"{self.local_error:.3e} (local limit {self.local_limit:.3e}); a kernel of this "
+                f"precision errs by rms {self.local_reference:.3e} there"
             )
         return "\n".join(lines)
 
@@ -91,11 +106,13 @@ class ParityReport:
     def __str__(self) -> str:
         """A table with one row per tensor: errors, limits, verdict."""
         header = (
-            f"{'':4} {'max error':>10} {'limit':>10} {'rms error':>10} {'limit':>10}  {self.label}"
+            f"{'':4} {'max error':>10} {'limit':>10} {'rms error':>10} {'limit':>10} "
+            f"{'in a block':>10} {'limit':>10}  {self.label}"
         )
         rows = [
             f"{tensor.name:4} {tensor.max_error:10.2e} {tensor.max_limit:10.2e} "
-            f"{tensor.rms_error:10.2e} {tensor.rms_limit:10.2e}  "
+            f"{tensor.rms_error:10.2e} {tensor.rms_limit:10.2e} "
+            f"{tensor.local_error:10.2e} {tensor.local_limit:10.2e}  "
             f"{'ok' if tensor.passed else 'FAILED'}"
             for tensor in self.tensors
         ]

@@ -1,27 +1,33 @@
-"""Is a kernel as right as its precision allows? The two-sided rule.
+"""Is a kernel as right as its precision allows? The two-sided rule, and the same in every block.
 
 For every tensor, with ``err = |actual - exact|`` and ``ref = |faithful - exact|``:
 
 * ``max(err) <= k_max * max(ref) + eps(dtype) * max|exact|``: no element is far off;
-* ``rms(err) <= k_rms * rms(ref)``: and the whole is not worse than rounding explains.
+* ``rms(err) <= k_rms * rms(ref)``: the whole is not worse than rounding explains;
+* ``rms(err) <= k_local * rms(ref) + eps(dtype) * rms(exact)`` over every block of 32 rows of every
+  sequence and head: and no part is wrong that is small beside the others.
 
 The first alone misses a softmax scale that is 1 % off, the second alone a single wrong element.
-An absolute tolerance does neither: loose enough for large inputs, it passes anything small.
-The log-sum-exp is fp32 whatever the inputs are and has its own limit, see ``ParityRule``. With
-few query rows the limits of dq and dk are somewhat wider, see ``few_rows_allowance``.
+Both miss what they measure on the scale of something larger: under a causal mask the gradients of
+the first keys are a thousand times those of the last, which could be missing. The third finds that.
+An absolute tolerance does none of it: loose enough for large inputs, it passes anything small.
+The log-sum-exp is fp32 whatever the inputs are and has its own limit for every row, see
+``ParityRule``. With few query rows the limits of dq and dk are wider, see ``luck_of_delta``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from flash_attention_testkit._blocks import Blocks
 from flash_attention_testkit._compare import compare, compare_lse, largest_of
-from flash_attention_testkit._few_rows import few_rows_allowance
+from flash_attention_testkit._luck import Luck, luck_of_delta
+from flash_attention_testkit._problem import pack
 from flash_attention_testkit._report import ParityReport, TensorParity
+from flash_attention_testkit._rule import DEFAULT_RULE, ParityRule
 from flash_attention_testkit.reference import (
     AttentionOptions,
     SdpaResult,
@@ -39,31 +45,6 @@ __all__ = [
     "assert_sdpa_parity",
     "measure_sdpa_parity",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class ParityRule:
-    """How much worse than the faithful reference a kernel may be.
-
-    A provider may ask for larger factors where its precision is lower, never for an absolute
-    tolerance. What correct implementations need of the defaults is recorded in the testkit's
-    README.
-
-    Attributes:
-        k_max: Factor of the largest error.
-        k_rms: Factor of the root mean square error.
-        lse_tolerance: Error of lse, absolute up to 1 and relative beyond. Sums in fp32 and
-            approximate exp2 and log2 stay below the default. To it come two units in the last
-            place of the largest score that the inputs' norms allow: a score near zero can be the
-            sum of large products.
-    """
-
-    k_max: float = 2.0
-    k_rms: float = 1.5
-    lse_tolerance: float = 2e-5
-
-
-DEFAULT_RULE = ParityRule()
 
 
 def assert_sdpa_parity(
@@ -95,8 +76,9 @@ def assert_sdpa_parity(
         The report, every tensor of which passed.
 
     Raises:
-        AssertionError: A tensor fails; the text names the case, the errors with both limits, the
-            worst element and what a kernel of this precision errs by.
+        AssertionError: A tensor fails; the text names the case, the errors with their limits, the
+            worst element, the worst block with its head, and what a kernel of this precision errs
+            by.
         ValueError: The inputs do not fit together, or gradients came without ``grad_out``.
     """
     __tracebackhide__ = True
@@ -130,7 +112,7 @@ def measure_sdpa_parity(
 ) -> ParityReport:
     """Compare an implementation's results with both references; a difference does not raise.
 
-    Checked are shape, dtype, finiteness and the two-sided rule, for out; for lse where
+    Checked are shape, dtype, finiteness and the rule's three limits, for out; for lse where
     ``actual.lse`` is not None; and for dq, dk and dv where ``grad_out`` is given. Where the exact
     value is Inf or NaN the actual one must not be finite; where it exceeds the range of the dtype
     nothing is asked.
@@ -164,9 +146,11 @@ def measure_sdpa_parity(
         )
     exact = reference_sdpa(query, key, value, grad_out=grad_out, **options)
     faithful = faithful_sdpa(query, key, value, grad_out=grad_out, **options)
-    allowance: dict[str, Tensor] = {}
+    luck: dict[str, Luck] = {}
     if grad_out is not None:
-        allowance = few_rows_allowance(query, key, value, grad_out, exact, **options)
+        luck = luck_of_delta(query, key, value, grad_out, exact, **options)
+    spans = pack(query, key, value, grad_out, **options).spans
+    rows, keys = (Blocks.of([span[side] for span in spans], query.device) for side in (0, 1))
     noise = 2 * torch.finfo(torch.float32).eps * _largest_score(query, key, options.get("scale"))
     tensors: list[TensorParity] = []
     for name in names:
@@ -177,8 +161,8 @@ def measure_sdpa_parity(
         elif name == "lse":
             tensors.append(compare_lse(found, truth, near, rule.lse_tolerance, noise, empty_lse))
         else:
-            extra = allowance.get(name)
-            tensors.append(compare(name, found, truth, near, rule.k_max, rule.k_rms, extra))
+            blocks = keys if name in ("dk", "dv") else rows
+            tensors.append(compare(name, found, truth, near, rule, blocks, luck.get(name)))
     return ParityReport(str(label), tuple(tensors))
 
 
