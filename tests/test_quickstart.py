@@ -41,7 +41,8 @@ def run(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProces
 
 
 def test_demo_shows_everything_and_succeeds() -> None:
-    done = run(str(EXAMPLES / "quickstart.py"), "--steps", STEPS)
+    # All its steps: over a few, the gap between two of torch's own backends is no yardstick yet.
+    done = run(str(EXAMPLES / "quickstart.py"))
     assert done.returncode == 0, done.stdout + done.stderr
     headings = [
         line
@@ -64,8 +65,8 @@ def test_demo_shows_everything_and_succeeds() -> None:
     assert "FAILED" not in done.stdout
     assert "available, but not recommended here" in done.stdout
     assert "active: fa4-triton" in done.stdout
-    assert "_for_cpu: 6 served, 0 on stock" in done.stdout
-    assert "_for_cpu_backward: 6 served, 0 on stock" in done.stdout
+    assert "_for_cpu: 64 served, 0 on stock" in done.stdout
+    assert "_for_cpu_backward: 64 served, 0 on stock" in done.stdout
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert any(line.startswith(f"{name} ") for line in done.stdout.splitlines())
     assert "bit for bit" in done.stdout

@@ -1,7 +1,7 @@
 """Cached launches: after the first launch of a kernel variant, no binder and no specialisation.
 
-`kernel[grid](...)` takes about 30 us of host time a launch, most of it to find out which variant
-the arguments ask for. A plan knows: whatever a variant depends on is in its tile and constants.
+`kernel[grid](...)` spends most of its host time on finding out which variant the arguments ask for.
+A plan knows: whatever a variant depends on is in its tile and constants.
 """
 
 from __future__ import annotations
