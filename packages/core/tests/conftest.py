@@ -83,7 +83,7 @@ def kernels() -> Kernels:
 @pytest.fixture
 def registry() -> Registry:
     """A registry that sees no installed provider."""
-    return Registry(Discovery(group="nothing.is.declared.in.this.group"))
+    return Registry(Discovery(prefix="nothing.is.declared.in.such.a.group"))
 
 
 @pytest.fixture

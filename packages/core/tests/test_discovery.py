@@ -155,7 +155,7 @@ def test_of_two_distributions_with_one_name_the_first_on_the_path_counts(
 
 
 def test_loading_a_name_that_is_not_offered_does_nothing():
-    discovery = Discovery(group="nothing.is.declared.in.this.group")
+    discovery = Discovery(prefix="nothing.is.declared.in.such.a.group")
     discovery.load("x", lambda name: False)
     assert discovery.failure("x") is None
     assert discovery.being_loaded("x") is None

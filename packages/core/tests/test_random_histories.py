@@ -35,7 +35,7 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = Registry(Discovery(group="nothing.is.declared.in.this.group"))
+        self.registry = Registry(Discovery(prefix="nothing.is.declared.in.such.a.group"))
         self.running: list[object] = []
         self.failures: dict[str, frozenset[str]] = {}
         self.scopes: list[object] = []

@@ -66,8 +66,10 @@ An installed distribution makes its implementation known by an entry point; see
 
 from __future__ import annotations
 
+from flash_attention_registry.cuda import before_using_cuda
 from flash_attention_registry.default import (
     activate_flash_attention_impl,
+    activate_requested_flash_attention_impl,
     add_transition_listener,
     current_flash_attention_impl,
     default_registry,
@@ -79,6 +81,9 @@ from flash_attention_registry.default import (
     use_flash_attention_impl,
 )
 from flash_attention_registry.errors import (
+    CallDeclinedError,
+    CudaNeededError,
+    EnvironmentVariableError,
     FamilyUnavailableError,
     FlashAttentionRegistryError,
     HandleError,
@@ -86,6 +91,7 @@ from flash_attention_registry.errors import (
     NotRegisteredError,
     ReentrantTransitionError,
     RegistryWarning,
+    RequestUnavailableError,
     RestoreError,
     UnknownImplError,
 )
@@ -97,6 +103,9 @@ if TYPE_CHECKING:
     from flash_attention_registry.report import ImplReport, format_reports
 
 __all__ = [
+    "CallDeclinedError",
+    "CudaNeededError",
+    "EnvironmentVariableError",
     "FamilyUnavailableError",
     "FlashAttentionHandle",
     "FlashAttentionRegistryError",
@@ -107,10 +116,13 @@ __all__ = [
     "ReentrantTransitionError",
     "Registry",
     "RegistryWarning",
+    "RequestUnavailableError",
     "RestoreError",
     "UnknownImplError",
     "activate_flash_attention_impl",
+    "activate_requested_flash_attention_impl",
     "add_transition_listener",
+    "before_using_cuda",
     "current_flash_attention_impl",
     "default_registry",
     "explain_flash_attention_impls",

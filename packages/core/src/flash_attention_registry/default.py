@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flash_attention_registry.report import ImplReport
     from flash_attention_registry.slot import Listener, ListenerHandle
 
-_registry = Registry()
+_registry = Registry(in_step_with_torch=True)
 
 
 def default_registry() -> Registry:
@@ -140,6 +140,29 @@ def current_flash_attention_impl() -> str | None:
 
     It is the implementation's own name also if it was activated through its family.
     """
+    return _registry.current()
+
+
+def activate_requested_flash_attention_impl() -> str | None:
+    """Activate what the environment variable `FLASH_ATTENTION_IMPL` asks for, now.
+
+    `import torch` does so by itself where a provider is installed, except that what depends on the
+    GPU waits for the first attention call there. For a framework that wants to know before that,
+    or that runs with `TORCH_DEVICE_BACKEND_AUTOLOAD=0`. The variable holds a name, a family, or
+    several of them separated by commas, of which the first that can be activated is; `native`
+    stands for torch's own kernels.
+
+    Returns:
+        The name of what is active then, or None: stock kernels run. If the variable is not set,
+        nothing was changed.
+
+    Raises:
+        EnvironmentVariableError: A `ValueError`: the variable's value cannot be understood.
+        RequestUnavailableError: Nothing that it asks for could be activated; the message gives
+            each one's reason. What was active before still is.
+        ReentrantTransitionError: Called by code that the registry is calling.
+    """
+    _registry.request.activate()
     return _registry.current()
 
 

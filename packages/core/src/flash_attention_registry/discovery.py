@@ -7,25 +7,31 @@ A distribution offers one by an entry point in group `ENTRY_POINT_GROUP`::
 
 The entry point's name is the implementation's. Its value names a callable without arguments, in a
 module that is cheap to import, that calls `register_flash_attention_impl("my-impl", ...)`. Names,
-distributions and versions are read without importing anything of the provider.
+distributions and versions are read without importing anything of the provider; so are the
+conflicts: a name that two distributions claim, and a provider made for another provider API, which
+the number in the group's name tells.
 """
 
 from __future__ import annotations
 
 import _thread  # threading would double the time that importing this package takes
 
+from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import describe
 from flash_attention_registry.fork import ForkSensitive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
     from importlib.metadata import EntryPoint
 
 PROVIDER_API = 1
 """What a provider's callable may rely on; changes only when that does."""
 
-ENTRY_POINT_GROUP = f"flash_attention_registry.providers.v{PROVIDER_API}"
+GROUP_PREFIX = "flash_attention_registry.providers.v"
+"""What the names of the entry-point groups of all provider APIs begin with."""
+
+ENTRY_POINT_GROUP = f"{GROUP_PREFIX}{PROVIDER_API}"
 """The entry-point group that providers declare."""
 
 
@@ -37,13 +43,15 @@ class ProviderEntry:
         value: The object reference, such as ``"my_package:register"``.
         distribution: The distribution that declares it, or None if its metadata does not say.
         version: That distribution's version, or None.
+        conflict: Why it must not be imported, or None.
     """
 
-    __slots__ = ("_point", "distribution", "name", "value", "version")
+    __slots__ = ("_point", "conflict", "distribution", "name", "value", "version")
 
     def __init__(self, point: EntryPoint) -> None:
         """Read what the metadata says about `point`."""
         self._point = point
+        self.conflict: str | None = None
         self.name = point.name
         self.value = point.value
         self.distribution, self.version = _origin(point)
@@ -66,10 +74,10 @@ class Discovery(ForkSensitive):
     one thread's work at a time, and never part of a transition.
     """
 
-    def __init__(self, group: str = ENTRY_POINT_GROUP) -> None:
-        """Prepare to look into `group`; nothing is read yet."""
+    def __init__(self, prefix: str = GROUP_PREFIX) -> None:
+        """Prepare to look into the groups that begin with `prefix`; nothing is read yet."""
         super().__init__()
-        self._group = group
+        self._prefix = prefix
         self.refresh()
 
     def renew(self) -> None:
@@ -89,12 +97,22 @@ class Discovery(ForkSensitive):
         # that loads a provider, because that one waits for the transition in order to register.
         entries = self._entries
         if entries is None:
-            entries = self._entries = _scan(self._group)
+            entries = self._entries = _scan(self._prefix)
         return entries
 
+    def names_seen(self) -> Collection[str]:
+        """Return the names that are offered as far as they are known without reading metadata."""
+        return self._entries or ()
+
     def failure(self, name: str) -> str | None:
-        """Return why the entry point of that name could not be loaded, or None."""
-        return self._failures.get(name)
+        """Return why the entry point of that name was not, or is not to be, loaded; or None.
+
+        Raises:
+            EnvironmentVariableError: The list of disabled implementations cannot be read.
+        """
+        entry = self.entries().get(name)
+        conflict = None if entry is None else entry.conflict
+        return why_disabled(name) or conflict or self._failures.get(name)
 
     def load(self, name: str, is_registered: Callable[[str], bool]) -> None:
         """Import the provider of `name` and let it register, unless that has been settled.
@@ -108,7 +126,7 @@ class Discovery(ForkSensitive):
         """
         with self._lock:
             entry = self.entries().get(name)
-            if entry is None or name in self._failures or name in self._loading:
+            if entry is None or self.failure(name) is not None or name in self._loading:
                 return
             if is_registered(name):
                 return
@@ -158,11 +176,42 @@ def _origin(point: EntryPoint) -> tuple[str | None, str | None]:
         return None, None
 
 
-def _scan(group: str) -> dict[str, ProviderEntry]:
-    """Read the entry points of `group`; of two with one name the first on `sys.path` counts."""
+def _scan(prefix: str) -> dict[str, ProviderEntry]:
+    """Read the entry points of all provider APIs; one entry for each name, conflicts noted.
+
+    Of two installations of one distribution the first on `sys.path` counts, as for imports.
+    """
     from importlib.metadata import entry_points  # 30 to 40 ms that most processes need not pay
 
-    found: dict[str, ProviderEntry] = {}
-    for point in entry_points(group=group):
-        found.setdefault(point.name, ProviderEntry(point))
-    return found
+    everything = entry_points()
+    claims: dict[str, list[tuple[int, ProviderEntry]]] = {}
+    for group in sorted(everything.groups):
+        api = group[len(prefix) :]
+        if group.startswith(prefix) and api.isdecimal():
+            for point in everything.select(group=group):
+                entry = ProviderEntry(point)
+                claims.setdefault(entry.name, []).append((int(api), entry))
+    return {name: _settle_claims(claimed) for name, claimed in claims.items()}
+
+
+def _settle_claims(claims: Sequence[tuple[int, ProviderEntry]]) -> ProviderEntry:
+    """Return the entry that counts among those of one name, with its conflict if there is one."""
+    usable = [entry for api, entry in claims if api == PROVIDER_API]
+    chosen = (usable or [entry for _, entry in claims])[0]
+    origins = sorted({entry.origin() for _, entry in claims})
+    if len(origins) > 1:
+        chosen.conflict = (
+            f"{' and '.join(origins)} claim the name {chosen.name!r}, and none of them is "
+            f"imported; uninstall all but one"
+        )
+    elif not usable:
+        made_for = " and ".join(sorted({str(api) for api, _ in claims}))
+        chosen.conflict = (
+            f"{chosen.origin()} is made for provider API {made_for}, and this "
+            f"flash-attention-registry has provider API {PROVIDER_API}; install versions of both "
+            f"that fit"
+        )
+    elif len({entry.value for entry in usable}) > 1:
+        values = " and ".join(entry.value for entry in usable)
+        chosen.conflict = f"{chosen.origin()} declares the name twice, as {values}"
+    return chosen

@@ -29,20 +29,40 @@ class NotRegisteredError(FlashAttentionRegistryError, KeyError):
 
 
 class ImplUnavailableError(FlashAttentionRegistryError, RuntimeError):
-    """An implementation exists but cannot run here; the message gives its reason."""
-
-
-class FamilyUnavailableError(ImplUnavailableError):
-    """No member of a family could be activated.
+    """What was asked for cannot run here; the message gives the reason.
 
     Attributes:
-        reasons: For each member, by name, why it was not taken.
+        reasons: Where several implementations were considered: for each, by name, why it was not
+            taken.
     """
 
     def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
         """Keep the message and a copy of the reasons."""
         super().__init__(message)
         self.reasons: dict[str, str] = dict(reasons or {})
+
+
+class FamilyUnavailableError(ImplUnavailableError):
+    """No member of a family could be activated."""
+
+
+class RequestUnavailableError(ImplUnavailableError):
+    """Nothing that `FLASH_ATTENTION_IMPL` asks for could be activated."""
+
+
+class EnvironmentVariableError(FlashAttentionRegistryError, ValueError):
+    """An environment variable of this package has a value that cannot be understood."""
+
+
+class CallDeclinedError(FlashAttentionRegistryError, RuntimeError):
+    """The active implementation does not serve a call, and `FLASH_ATTENTION_IMPL_STRICT` is set."""
+
+
+class CudaNeededError(FlashAttentionRegistryError, RuntimeError):
+    """A check can be answered only by using CUDA, which must not be initialised yet.
+
+    Raised by `before_using_cuda()`; the registry asks the check again later.
+    """
 
 
 class HandleError(FlashAttentionRegistryError, TypeError):

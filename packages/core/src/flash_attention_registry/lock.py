@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import _thread  # threading would double the time that importing this package takes
-import sys
-import warnings
 
-from flash_attention_registry.errors import (
-    ReentrantTransitionError,
-    RegistryWarning,
-    add_error,
-)
+from flash_attention_registry.errors import ReentrantTransitionError, add_error
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.warn import warn_caller
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Protocol
 
-_PACKAGE = __name__.partition(".")[0]
+    class Around(Protocol):
+        """What happens inside of the lock before and after each transition."""
+
+        def begin(self, turn: Turn) -> None:
+            """Prepare; `turn` takes warnings and errors to be raised in the end."""
+
+        def end(self) -> None:
+            """Finish, also after an error."""
 
 
 class TransitionLock(ForkSensitive):
@@ -44,7 +47,7 @@ class TransitionLock(ForkSensitive):
         Raises:
             ReentrantTransitionError: The calling thread holds the lock.
         """
-        if self._owner == _thread.get_ident():
+        if self.is_mine():
             raise ReentrantTransitionError(
                 f"Cannot {wanted}: this thread is in the middle of another transition "
                 f"({self._doing}). A register_fn, prepare, remove, availability or recommended "
@@ -52,9 +55,18 @@ class TransitionLock(ForkSensitive):
                 f"do it after that call has returned."
             )
 
-    def hold(self, doing: str) -> Turn:
-        """Return a context manager that holds the lock while `doing` is done."""
-        return Turn(self, doing)
+    def is_mine(self) -> bool:
+        """Return whether the calling thread is inside a transition."""
+        return self._owner == _thread.get_ident()
+
+    def hold(self, doing: str, around: Around | None = None) -> Turn:
+        """Return a context manager that holds the lock while `doing` is done.
+
+        Args:
+            doing: What is done, for messages.
+            around: What is to happen right after the lock is taken and right before it is released.
+        """
+        return Turn(self, doing, around)
 
     def _acquire(self, doing: str) -> _thread.LockType:
         self.refuse_reentry(doing)
@@ -77,10 +89,11 @@ class Turn:
     an error before a warning that a filter made an exception. The others become its notes.
     """
 
-    def __init__(self, lock: TransitionLock, doing: str) -> None:
+    def __init__(self, lock: TransitionLock, doing: str, around: Around | None) -> None:
         """Remember what to hold; nothing is acquired before the block is entered."""
         self._transition_lock = lock
         self._doing = doing
+        self._around = around
         self._warnings: list[str] = []
         self._errors: list[BaseException] = []
 
@@ -102,6 +115,12 @@ class Turn:
             ReentrantTransitionError: The calling thread holds it already.
         """
         self._held = self._transition_lock._acquire(self._doing)
+        if self._around is not None:
+            try:
+                self._around.begin(self)
+            except BaseException:
+                self._transition_lock._release(self._held)
+                raise
         return self
 
     def __exit__(
@@ -111,11 +130,15 @@ class Turn:
         traceback: TracebackType | None,
     ) -> None:
         """Release the lock, then warn, then raise what was to be raised afterwards."""
-        self._transition_lock._release(self._held)
+        try:
+            if self._around is not None:
+                self._around.end()
+        finally:
+            self._transition_lock._release(self._held)
         errors = [*self._errors]
         for text in self._warnings:
             try:
-                _warn_caller(text)
+                warn_caller(text)
             except Exception as error:
                 errors.append(error)
         first = exc if exc is not None else next(iter(errors), None)
@@ -128,17 +151,3 @@ class Turn:
                 add_error(first, other)
         if first is not exc:
             raise first
-
-
-def _warn_caller(text: str) -> None:
-    """Warn as if from the line outside this package that called into it."""
-    level = 1
-    frame = sys._getframe()
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
-        frame = frame.f_back
-        level += 1
-    warnings.warn(text, RegistryWarning, stacklevel=level)
-
-
-def _is_ours(module: str) -> bool:
-    return module == _PACKAGE or module.startswith(_PACKAGE + ".")

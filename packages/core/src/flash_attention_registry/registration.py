@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from flash_attention_registry.errors import describe
+from flash_attention_registry.environment import NATIVE, why_disabled
+from flash_attention_registry.errors import CudaNeededError, describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
     RegisterFn = Callable[[], FlashAttentionHandle | None]
     ReasonCheck = Callable[[], str | None]
+
+
+TORCH_PREFIX = "torch:"
+"""What the names of implementations in torch's own registry begin with here."""
 
 
 class Registration:
@@ -91,12 +96,36 @@ class Registration:
         self._recommended = recommended
 
     def why_unavailable(self) -> str | None:
-        """Return why the implementation cannot run here, or None if it can."""
-        return _ask("availability", self._availability)
+        """Return why the implementation cannot run here, or must not, or None if it can.
+
+        Raises:
+            CudaNeededError: Only where CUDA must not be initialised yet.
+            EnvironmentVariableError: The list of disabled implementations cannot be read.
+        """
+        disabled = why_disabled(self.name, self.family)
+        return _ask("availability", self._availability) if disabled is None else disabled
 
     def why_not_recommended(self) -> str | None:
-        """Return why its family should not take it here, or None if it should."""
+        """Return why its family should not take it here, or None if it should.
+
+        Raises:
+            CudaNeededError: Only where CUDA must not be initialised yet.
+        """
         return _ask("recommendation", self._recommended)
+
+
+def refuse_reserved(what: str, name: str) -> None:
+    """Raise if a name could not be asked for later: it means something else already.
+
+    Raises:
+        ValueError: `name` holds a comma, is `native`, or begins with `torch:`.
+    """
+    if "," in name or name == NATIVE or name.startswith(TORCH_PREFIX):
+        raise ValueError(
+            f"{what} must not be {name!r}: {NATIVE!r} stands for torch's own kernels, names that "
+            f"begin with {TORCH_PREFIX!r} for implementations in torch's registry, and a comma "
+            f"separates names in environment variables."
+        )
 
 
 def _check_name(what: str, name: object) -> None:
@@ -116,6 +145,8 @@ def _ask(what: str, check: ReasonCheck | None) -> str | None:
         return None
     try:
         answer: object = check()
+    except CudaNeededError:
+        raise
     except Exception as error:
         return f"{what} check raised {describe(error)}"
     if answer is None:

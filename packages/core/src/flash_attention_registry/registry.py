@@ -7,14 +7,19 @@ from flash_attention_registry.discovery import Discovery
 from flash_attention_registry.errors import (
     ImplUnavailableError,
     NotRegisteredError,
+    RestoreError,
     UnknownImplError,
     add_error,
     add_note,
+    text_of,
 )
 from flash_attention_registry.lock import TransitionLock
-from flash_attention_registry.registration import Registration
+from flash_attention_registry.registration import Registration, refuse_reserved
+from flash_attention_registry.request import EnvironmentRequest
 from flash_attention_registry.slot import Slot
 from flash_attention_registry.snapshot import RegistrySnapshot
+from flash_attention_registry.torch_registry import TorchRegistry
+from flash_attention_registry.warn import warn_or_log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,18 +44,28 @@ class Registry:
 
     Attributes:
         discovery: The implementations that installed distributions offer.
+        request: What `FLASH_ATTENTION_IMPL` asks it for.
     """
 
-    def __init__(self, discovery: Discovery | None = None) -> None:
+    def __init__(
+        self, discovery: Discovery | None = None, *, in_step_with_torch: bool = False
+    ) -> None:
         """Make a registry in which nothing is registered and nothing is active.
 
         Args:
-            discovery: Where to look for installed providers; the default is the entry-point group.
+            discovery: Where to look for installed providers; the default is the entry-point groups.
+            in_step_with_torch: Whether torch's own registry lists and names the same; there is one
+                of it, so this is for the registry of the process.
         """
         self.discovery = discovery if discovery is not None else Discovery()
+        self.request = EnvironmentRequest(self)
         self._lock = TransitionLock()
         self._slot = Slot()
+        self._torch = TorchRegistry(self, self._slot, connected=in_step_with_torch)
         self._registrations: dict[str, Registration] = {}  # replaced, never changed
+
+    def _turn(self, doing: str) -> Turn:
+        return self._lock.hold(doing, around=self._torch)
 
     # Registering
 
@@ -77,17 +92,21 @@ class Registry:
             prepare=prepare,
             entry=entry,
         )
-        with self._lock.hold(f"register {impl!r}"):
+        refuse_reserved("impl", impl)
+        if family is not None:
+            refuse_reserved(f"family of flash attention impl {impl!r}", family)
+        with self._turn(f"register {impl!r}"):
             if entry is not None and impl in self._registrations:
                 return  # a direct call came first, and wins
             self._registrations = {**self._registrations, impl: registration}
 
     def unregister(self, impl: str) -> None:
         """See `unregister_flash_attention_impl`."""
-        with self._lock.hold(f"unregister {impl!r}") as turn:
-            if impl not in self.names():
+        with self._turn(f"unregister {impl!r}") as turn:
+            if impl not in self._registrations and impl not in self.discovery.entries():
                 raise NotRegisteredError(
-                    f"Cannot unregister flash attention impl {impl!r}: it is not registered. "
+                    f"Cannot unregister flash attention impl {impl!r}: it is not registered"
+                    f"{' here but in torch' if impl in self._torch.names() else ''}. "
                     f"Registered implementations: {self.names()}"
                 )
             self._drop(impl, turn)
@@ -103,11 +122,23 @@ class Registry:
 
     def names(self) -> list[str]:
         """See `list_flash_attention_impls`."""
-        return sorted({*self._registrations, *self.discovery.entries()})
+        return sorted({*self._registrations, *self.discovery.entries(), *self._torch.names()})
+
+    def names_known(self) -> set[str]:
+        """Return the names that are registered, or offered by what metadata has been read."""
+        return {*self._registrations, *self.discovery.names_seen()}
 
     def current(self) -> str | None:
         """See `current_flash_attention_impl`."""
-        return self._slot.name()
+        return self._torch.current()
+
+    def refuse_reentry(self, wanted: str) -> None:
+        """Raise `ReentrantTransitionError` if the calling thread is inside a transition."""
+        self._lock.refuse_reentry(wanted)
+
+    def in_transition(self) -> bool:
+        """Return whether the calling thread is inside a transition, or code that one runs."""
+        return self._lock.is_mine()
 
     def stuck_handles(self) -> tuple[FlashAttentionHandle, ...]:
         """Return the handles whose `remove()` raised; their kernels may still be installed."""
@@ -118,17 +149,22 @@ class Registry:
         from flash_attention_registry.report import report_on  # dataclasses: only who asks pays
 
         self._load(self.discovery.entries(), "explain the implementations")
-        with self._lock.hold("explain the implementations"):
-            return tuple(
+        with self._turn("explain the implementations"):
+            reports = tuple(
                 report_on(
                     name,
-                    self._registrations.get(name),
+                    self._registration(name),
                     self.discovery.entries().get(name),
                     not_loaded=self._why_not_loaded(name),
                     active=name == self._slot.name(),
                 )
                 for name in self.names()
             )
+        self.request.resume()  # a check may have been the first to import torch
+        return reports
+
+    def _registration(self, name: str) -> Registration | None:
+        return self._registrations.get(name) or self._torch.registration(name)
 
     def add_listener(self, listener: Listener) -> ListenerHandle:
         """See `add_transition_listener`."""
@@ -138,17 +174,42 @@ class Registry:
 
     def activate(self, impl: str) -> None:
         """See `activate_flash_attention_impl`."""
+        self.activate_for_torch(impl)
+
+    def activate_for_torch(self, impl: str) -> Active | None:
+        """Activate `impl`; return what is active then, for `restore_for_torch`."""
         self._load_for(impl)
-        with self._lock.hold(f"activate {impl!r}") as turn:
+        with self._turn(f"activate {impl!r}") as turn:
             self._activate(impl, turn)
+            return self._slot.active
 
     def restore(self) -> None:
         """See `restore_flash_attention_impl`."""
-        with self._lock.hold("restore stock kernels") as turn:
+        with self._turn("restore stock kernels") as turn:
+            self.request.supersede()
             if self._slot.active is None:
                 turn.warn("No flash attention impl is active: there is nothing to restore.")
-                return
             self._slot.put(None, turn)
+
+    def restore_if_active(self) -> None:
+        """Restore stock kernels, without a warning if they run already."""
+        with self._turn("restore stock kernels") as turn:
+            self._slot.put(None, turn)
+
+    def restore_for_torch(self, active: Active | None) -> None:
+        """Restore stock kernels if `active` is still what is active; never a `RestoreError`."""
+        try:
+            with self._turn("restore stock kernels") as turn:
+                if active is self._slot.active:
+                    self._slot.put(None, turn)
+        except RestoreError as error:
+            warn_or_log(text_of(error))
+
+    def show_to_torch(self) -> None:
+        """Let torch's registry list what is known here, and name what is active."""
+        if not self._lock.is_mine():  # else it happens when this transition ends
+            with self._turn("list implementations in torch's registry"):
+                pass
 
     def enter(self, impl: str) -> Active | None:
         """Activate `impl`; return what was active before, for `leave`.
@@ -158,7 +219,7 @@ class Registry:
         self._load_for(impl)
         activated = False
         try:
-            with self._lock.hold(f"activate {impl!r}") as turn:
+            with self._turn(f"activate {impl!r}") as turn:
                 previous = self._slot.active
                 self._activate(impl, turn)
                 activated = True
@@ -173,7 +234,7 @@ class Registry:
 
     def leave(self, previous: Active | None) -> None:
         """Make active again what `enter` returned; stock kernels if that cannot be."""
-        with self._lock.hold("return to the previous implementation") as turn:
+        with self._turn("return to the previous implementation") as turn:
             self._return_to(previous, turn)
 
     def _return_to(self, previous: Active | None, turn: Turn) -> None:
@@ -183,7 +244,7 @@ class Registry:
         target = None
         if previous is not None:
             name = previous.registration.name
-            if name in self._registrations:
+            if self._registration(name) is not None:
                 target = previous.registration  # what was active, even if registered again since
             else:
                 turn.warn(
@@ -201,9 +262,10 @@ class Registry:
 
     def _activate(self, impl: str, turn: Turn) -> None:
         """Activate an implementation by its exact name, or else the best member of a family."""
-        registration = self._registrations.get(impl)
+        registration = self._registration(impl)
         if registration is not None:
             self._activate_exactly(registration, turn)
+            self.request.supersede()
             return
         if impl in self.discovery.entries():
             raise ImplUnavailableError(
@@ -213,6 +275,7 @@ class Registry:
         members = families.members_of(impl, self._registrations.values())
         if members:
             families.activate_best(impl, members, self._slot, turn)
+            self.request.supersede()
             return
         error = UnknownImplError(
             f"Unknown flash attention impl '{impl}'. Available implementations: {self.names()}"
@@ -243,7 +306,7 @@ class Registry:
                 f"A flash attention impl is named by a str, but {impl!r} was given. "
                 f"Available implementations: {self.names()}"
             )
-        if impl not in self._registrations:
+        if self._registration(impl) is None:
             entries = self.discovery.entries()
             self._load([impl] if impl in entries else entries, f"activate {impl!r}")
 
@@ -257,7 +320,7 @@ class Registry:
 
     def _drop_half_registered(self, name: str) -> None:
         """Take back what a provider registered before it failed."""
-        with self._lock.hold(f"load the provider of {name!r}") as turn:
+        with self._turn(f"load the provider of {name!r}") as turn:
             registration = self._registrations.get(name)
             if registration is not None and registration.entry is not None:
                 self._drop(name, turn)
@@ -269,7 +332,7 @@ class Registry:
 
     def snapshot(self) -> RegistrySnapshot:
         """Return everything that `reset` needs to go back to this moment."""
-        with self._lock.hold("take a snapshot"):
+        with self._turn("take a snapshot"):
             slot = self._slot
             return RegistrySnapshot(
                 self._registrations, slot.active, dict(slot.listeners), self.discovery.save()
@@ -285,7 +348,7 @@ class Registry:
         Args:
             snapshot: What `snapshot()` of this registry returned.
         """
-        with self._lock.hold("reset the registry") as turn:
+        with self._turn("reset the registry") as turn:
             now = self._slot.active
             target = None if snapshot.active is None else snapshot.active.registration
             if now is not None and now.registration is not target:

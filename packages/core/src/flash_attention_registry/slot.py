@@ -109,13 +109,29 @@ class Slot(ForkSensitive):
             raise
         if removal_error is not None:
             turn.raise_after(removal_error)
-        if previous is not None and previous.handle is None:
-            turn.warn(
-                f"Left flash attention impl {previous.registration.name!r}, but its register_fn "
-                f"returned no handle: its kernels cannot be removed and may still run. Restart "
-                f"the process to be rid of them."
-            )
+        _warn_of_what_stays(previous, turn)
         self._commit(active, turn)
+
+    def adopt(self, active: Active | None, turn: Turn) -> None:
+        """Commit what was installed or removed already, past this registry.
+
+        Args:
+            active: What is installed now; None if what was active before has been removed.
+            turn: Takes the warnings.
+        """
+        if active is None:
+            _warn_of_what_stays(self.active, turn)
+        self._commit(active, turn)
+
+    def remove_below(self, turn: Turn) -> None:
+        """Remove what is active, on top of which something else was installed past this registry.
+
+        Args:
+            turn: Takes the `RestoreError` if its `remove()` raised.
+        """
+        removal_error = self._remove(self.active, turn)
+        if removal_error is not None:
+            turn.raise_after(removal_error)
 
     def _remove(self, active: Active | None, turn: Turn) -> RestoreError | None:
         """Remove `active`; return what to raise in the end if its `remove()` raised."""
@@ -179,6 +195,16 @@ class Slot(ForkSensitive):
         """Return the sentence with which an error says that nothing was changed."""
         name = self.name()
         return "Stock kernels still run." if name is None else f"Still active: {name!r}."
+
+
+def _warn_of_what_stays(left: Active | None, turn: Turn) -> None:
+    """Warn if what has been left gave no handle to remove its kernels with."""
+    if left is not None and left.handle is None:
+        turn.warn(
+            f"Left flash attention impl {left.registration.name!r}, but its register_fn "
+            f"returned no handle: its kernels cannot be removed and may still run. Restart "
+            f"the process to be rid of them."
+        )
 
 
 def _install(registration: Registration) -> Active:

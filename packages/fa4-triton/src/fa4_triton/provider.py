@@ -12,6 +12,8 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
+from flash_attention_registry import before_using_cuda
+
 if TYPE_CHECKING:
     from flash_attention_registry import FlashAttentionHandle
 
@@ -49,7 +51,7 @@ def why_unavailable() -> str | None:
     reason = _why_modes_differ()
     if reason is not None or _interpreted():
         return reason
-    return _why_no_gpu() or _why_no_compiler()
+    return _why_no_compiler() or _why_no_gpu()
 
 
 def why_not_recommended() -> str | None:
@@ -146,12 +148,14 @@ def _why_no_gpu() -> str | None:
             f"this torch ({torch.__version__}) is built for ROCm, on which these kernels have not "
             "been tested; an NVIDIA GPU and a CUDA build of torch are needed"
         )
-    if not torch.cuda.is_available():
-        found = (
-            f"this torch ({torch.__version__}) is built without CUDA"
-            if torch.version.cuda is None
-            else "torch finds no CUDA device"
-        )
+    found = None
+    if torch.version.cuda is None:
+        found = f"this torch ({torch.__version__}) is built without CUDA"
+    else:
+        before_using_cuda()
+        if not torch.cuda.is_available():
+            found = "torch finds no CUDA device"
+    if found is not None:
         return (
             f"{found}; set TRITON_INTERPRET=1 before Triton is first imported to run the kernels "
             "on the CPU instead, slowly (pip install 'fa4-triton[interpreter]' for the numpy that "
@@ -190,6 +194,8 @@ def _why_no_compiler() -> str | None:
 def _capabilities() -> list[tuple[int, int]]:
     """Compute capabilities of the visible devices, in their order."""
     import torch
+
+    before_using_cuda()
 
     return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
 

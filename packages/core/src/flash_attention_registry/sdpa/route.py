@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from flash_attention_registry.environment import STRICT
+from flash_attention_registry.errors import CallDeclinedError
+
 from .counters import OpCounter, warn_or_log
 from .ops import Adapter
 from .serving import ActiveKernels
@@ -24,18 +27,28 @@ class Slot:
 
     Attributes:
         kernels: The installed kernel set; None is stock.
+        awaiting: What the next call on stock is to do first, once: it may install a kernel set.
         library: The `torch.library.Library` that holds the routers, None if they are not in.
         routers: What torch said about each op's kernel when its router had just been put in.
     """
 
-    __slots__ = ("kernels", "library", "routers")
+    __slots__ = ("awaiting", "kernels", "library", "routers")
 
     def __init__(self) -> None:
         """Start on stock, without routers."""
         self.kernels: ActiveKernels | None = None
+        self.awaiting: Callable[[], object] | None = None
         # Any: torch's Library has no annotations.
         self.library: Any = None
         self.routers: dict[str, str | None] = {}
+
+    def settle(self) -> ActiveKernels | None:
+        """Do what is awaited and return what is installed then; again next time if it raises."""
+        awaiting = self.awaiting
+        if awaiting is not None and _thread.inside is None:
+            awaiting()
+            self.awaiting = None
+        return self.kernels
 
 
 class _Thread(threading.local):
@@ -86,7 +99,10 @@ def make_route(
     def route(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         kernels = slot.kernels
         if kernels is None:
-            return run_stock(keyset, *args, **kwargs)
+            if slot.awaiting is not None:
+                kernels = slot.settle()
+            if kernels is None:
+                return run_stock(keyset, *args, **kwargs)
         inside = _thread.inside
         if inside is not None:
             if inside is _ON_STOCK:
@@ -98,6 +114,8 @@ def make_route(
             _thread.inside = _SERVING
             result = adapter(kernels, *args, **kwargs)
         except Exception as error:
+            if kernels.strict:
+                raise
             result, warning = counter.note_failure(kernels.name, error)
         finally:
             _thread.inside = None
@@ -107,6 +125,11 @@ def make_route(
         # Outside of the except block: the exception's frames would keep its tensors alive while
         # stock runs, and the exception may be that memory is short.
         counter.count_declined(result)
+        if kernels.strict:
+            raise CallDeclinedError(
+                f"{kernels.name} does not serve this call of aten::{op}: {result}. It is an error "
+                f"because {STRICT} is set; unset it to let torch's own kernel run such calls."
+            )
         try:
             return on_stock(keyset, *args, **kwargs)
         finally:

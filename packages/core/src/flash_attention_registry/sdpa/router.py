@@ -7,12 +7,15 @@ that it reads. An empty slot is stock: the captured kernel, called with the same
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from flash_attention_registry import environment
 from flash_attention_registry.fork import ForkSafeLock
 
 from .capabilities import KernelSet
@@ -21,7 +24,14 @@ from .ops import ROUTED_OPS, difference_to_schema, schema_of
 from .route import Slot, make_route
 from .serving import ActiveKernels
 
-__all__ = ["InstalledKernels", "install", "installed_kernel_sets", "uninstall"]
+__all__ = [
+    "InstalledKernels",
+    "await_first_call",
+    "install",
+    "installed_kernel_sets",
+    "uninstall",
+    "why_bypassed",
+]
 
 
 _slots = {device_type: Slot() for device_type in ROUTED_OPS}
@@ -62,12 +72,14 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
 
     Warns:
         RuntimeWarning: Another library's Python kernel stands below the routers, or has since been
-            put on top of them and takes the calls. Where a filter makes it an error, nothing is
+            put on top of them and takes the calls; or Inductor is set to generate code that calls
+            torch's kernels past the dispatcher. Where a filter makes it an error, nothing is
             installed.
 
     Raises:
         ValueError: `device_type` has no routed ops, or `kernel_set` does not declare it.
         TypeError: `kernel_set` lacks a part of `KernelSet`.
+        EnvironmentVariableError: `FLASH_ATTENTION_IMPL_STRICT` is set and no boolean.
     """
     slot = _slot_of(device_type)
     if not isinstance(kernel_set, KernelSet):
@@ -81,13 +93,34 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
             f"{kernel_set.name} cannot be installed for device type {device_type!r}: its "
             f"capabilities declare {sorted(declared)}"
         )
-    kernels = ActiveKernels(kernel_set)
+    kernels = ActiveKernels(kernel_set, strict=environment.strict())
     _warn_of_hidden_routers(device_type, slot)
+    _warn_of_bypass()
     with _guard.lock:
         if slot.library is None:
             slot.library = _install_routers(device_type, slot)
         slot.kernels = kernels
     return InstalledKernels(slot, kernels)
+
+
+def await_first_call(device_type: str, first: Callable[[], object]) -> None:
+    """Call `first` at the next call that finds no kernel set installed, before it runs.
+
+    It may install one, which then serves that call already. If it raises, so does the call, and
+    the next call calls it again. Puts the routers in and needs no GPU.
+
+    Args:
+        device_type: `"cuda"` or `"cpu"`.
+        first: Takes no arguments; its result is not used.
+
+    Raises:
+        ValueError: `device_type` has no routed ops.
+    """
+    slot = _slot_of(device_type)
+    with _guard.lock:
+        if slot.library is None:
+            slot.library = _install_routers(device_type, slot)
+        slot.awaiting = first
 
 
 def installed_kernel_sets() -> dict[str, KernelSet]:
@@ -117,6 +150,7 @@ def uninstall(device_type: str = "cuda") -> None:
                 "returned)"
             )
         library, slot.library = slot.library, None
+        slot.awaiting = None
         slot.routers = {}
         if library is not None:
             library._destroy()
@@ -209,6 +243,30 @@ def _warn_of_hidden_routers(device_type: str, slot: Slot) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def why_bypassed() -> str | None:
+    """Why code that `torch.compile` generates now would not reach any router, or None.
+
+    With `cpp_wrapper`, Inductor's code calls torch's kernels themselves, not the dispatcher, in
+    which every override of an op stands. AOTInductor's code always does.
+    """
+    inductor = sys.modules.get("torch._inductor.config")
+    set_in_config = getattr(inductor, "cpp_wrapper", False) is True
+    if not set_in_config and os.environ.get("TORCHINDUCTOR_CPP_WRAPPER") != "1":
+        return None
+    where = "torch._inductor.config.cpp_wrapper" if set_in_config else "TORCHINDUCTOR_CPP_WRAPPER=1"
+    return (
+        f"{where} is set: code that torch.compile generates calls torch's own kernels past the "
+        "dispatcher, so compiled attention is not served. Switch it off to have it served; "
+        "attention outside of compiled code is."
+    )
+
+
+def _warn_of_bypass() -> None:
+    reason = why_bypassed()
+    if reason is not None:
+        warnings.warn(reason, RuntimeWarning, stacklevel=3)
 
 
 def _warn_of_python_override(op: str, dispatch_key: str) -> None:

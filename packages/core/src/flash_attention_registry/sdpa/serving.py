@@ -26,13 +26,25 @@ class ActiveKernels:
 
     Immutable after construction and replaced as a whole, so that a call that has read it from
     its slot is not touched by a switch in another thread.
+
+    Attributes:
+        strict: Whether a call that is not served is an error.
     """
 
-    __slots__ = ("backward", "forward", "kernel_set", "name", "reason_against_backward", "supports")
+    __slots__ = (
+        "backward",
+        "forward",
+        "kernel_set",
+        "name",
+        "reason_against_backward",
+        "strict",
+        "supports",
+    )
 
-    def __init__(self, kernel_set: KernelSet) -> None:
+    def __init__(self, kernel_set: KernelSet, *, strict: bool) -> None:
         """Look up what the router calls."""
         self.kernel_set = kernel_set
+        self.strict = strict
         self.name = kernel_set.name
         self.supports = kernel_set.supports
         self.forward = kernel_set.forward

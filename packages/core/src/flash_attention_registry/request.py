@@ -1,0 +1,178 @@
+"""What `FLASH_ATTENTION_IMPL` asks for, and when it is activated."""
+
+from __future__ import annotations
+
+import _thread  # threading would double the time that importing this package takes
+
+from flash_attention_registry import environment
+from flash_attention_registry.cuda import WithoutCuda
+from flash_attention_registry.environment import IMPL, NATIVE
+from flash_attention_registry.errors import (
+    CudaNeededError,
+    EnvironmentVariableError,
+    RegistryWarning,
+    RequestUnavailableError,
+    describe,
+    text_of,
+)
+from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.warn import warn_or_log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flash_attention_registry.registry import Registry
+
+
+class EnvironmentRequest(ForkSensitive):
+    """What the environment asks a registry for, from `import torch` until it is settled.
+
+    It is settled at once where that needs no CUDA. Where it does, it is pending: settled at the
+    first attention call on a GPU, unless the program activates or restores something before that.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        """Ask for nothing yet."""
+        self._registry = registry
+        self._pending: tuple[str, ...] = ()
+        self._await_first_call: Callable[[], object] | None = None
+        super().__init__()
+
+    def renew(self) -> None:
+        """Make a free lock; what is pending in the parent is pending in the child."""
+        self._lock = _thread.RLock()
+        self._settling = False
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """The names that are not settled yet, the most wanted first."""
+        return self._pending
+
+    def supersede(self) -> None:
+        """Drop what is pending, because the program has decided itself."""
+        if not self._settling:
+            self._pending = ()
+
+    def activate(self) -> None:
+        """Activate what the environment asks for, now; nothing happens if it asks for nothing.
+
+        Raises:
+            EnvironmentVariableError: Its value cannot be understood.
+            RequestUnavailableError: Nothing that it asks for could be activated.
+            ReentrantTransitionError: Called inside a transition.
+        """
+        self._registry.refuse_reentry(f"activate what {IMPL} asks for")
+        with self._lock:
+            self._pending = environment.requested()
+            self._settle()
+
+    def honour(self, await_first_call: Callable[[], object]) -> None:
+        """Activate what the environment asks for, or leave it pending if that needs CUDA.
+
+        If nothing can be activated there is a warning; in a strict environment the error.
+
+        Args:
+            await_first_call: Called if it is pending; arranges that `settle` is called at the first
+                attention call on a GPU.
+
+        Raises:
+            EnvironmentVariableError: The value cannot be understood, in a strict environment.
+            RequestUnavailableError: Nothing could be activated, in a strict environment.
+        """
+        self._await_first_call = await_first_call
+        try:
+            self._pending = environment.requested()
+        except EnvironmentVariableError as error:
+            _raise_or_warn(error)
+        self.resume()
+
+    def resume(self) -> None:
+        """Go on with `honour`, which was called by code that a transition was running."""
+        if not self._pending or self._await_first_call is None:
+            return
+        try:
+            with WithoutCuda():
+                self._settle()
+        except CudaNeededError:
+            self._await_first_call()
+        except Exception as error:
+            _raise_or_warn(error)
+
+    def settle(self) -> None:
+        """Activate what is pending, if anything is; the program uses CUDA now.
+
+        If nothing can be activated there is a warning; in a strict environment the error, which the
+        next call raises again.
+
+        Raises:
+            RequestUnavailableError: Nothing could be activated, in a strict environment.
+        """
+        names = self._pending
+        try:
+            if self._registry.current() is not None:
+                self.supersede()  # it was activated in torch's registry, which tells nobody
+            self._settle()
+        except Exception as error:
+            _raise_or_warn(error, lambda: setattr(self, "_pending", names))
+
+    def _settle(self) -> None:
+        """Activate the first of what is pending that can be.
+
+        Nothing happens inside a transition, nor in code that the settling itself runs.
+        """
+        with self._lock:
+            if self._settling or self._registry.in_transition():
+                return
+            self._settling = True
+            waits_for_cuda = False
+            try:
+                self._activate_first()
+            except CudaNeededError:
+                waits_for_cuda = True
+                raise
+            finally:
+                self._settling = False
+                if not waits_for_cuda:
+                    self._pending = ()
+
+    def _activate_first(self) -> None:
+        reasons: dict[str, str] = {}
+        failure: Exception | None = None
+        for name in self._pending:
+            try:
+                if name == NATIVE:
+                    self._registry.restore_if_active()
+                else:
+                    self._registry.activate(name)
+            except (CudaNeededError, RegistryWarning):
+                raise  # a warning that a filter made an error comes after the activation
+            except Exception as error:
+                failure = error
+                reasons[name] = text_of(error)
+            else:
+                return
+        if failure is not None:
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+            raise RequestUnavailableError(
+                f"{IMPL}={','.join(reasons)} asks for what cannot be activated here:{listed}",
+                reasons,
+            ) from failure
+
+
+def _raise_or_warn(error: Exception, before_raising: Callable[[], object] = bool) -> None:
+    """Raise `error` in a strict environment, else warn: an unmodified program goes on with stock.
+
+    Args:
+        error: Is being handled.
+        before_raising: Called if it is raised.
+    """
+    try:
+        strict = environment.strict()
+    except EnvironmentVariableError:
+        strict = False
+    if strict:
+        before_raising()
+        raise error
+    text = text_of(error) if isinstance(error, RequestUnavailableError) else describe(error)
+    warn_or_log(f"{text}\nTorch's own attention kernels run.")
