@@ -1,0 +1,378 @@
+"""In step with torch's registry, on a stand-in for it: torch is not needed, nor any kernel."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from flash_attention_registry import (
+    ImplUnavailableError,
+    NotRegisteredError,
+    ReentrantTransitionError,
+    Registry,
+    RegistryWarning,
+    RestoreError,
+    torch_registry,
+)
+from flash_attention_registry.discovery import Discovery
+
+
+class TorchsRegistry(types.ModuleType):
+    """As torch 2.11 to 2.13 behave: restore first, then look the name up."""
+
+    def __init__(self):
+        super().__init__(torch_registry.MODULE)
+        self._FLASH_ATTENTION_IMPLS = {}
+        self._FLASH_ATTENTION_ACTIVE = None
+
+    def register_flash_attention_impl(self, impl, *, register_fn):
+        self._FLASH_ATTENTION_IMPLS[impl] = register_fn
+
+    def activate_flash_attention_impl(self, impl):
+        self.restore_flash_attention_impl()
+        if impl not in self._FLASH_ATTENTION_IMPLS:
+            raise ValueError(f"Unknown flash attention impl '{impl}'")
+        handle = self._FLASH_ATTENTION_IMPLS[impl]()
+        if handle is not None:
+            self._FLASH_ATTENTION_ACTIVE = (impl, handle)
+
+    def restore_flash_attention_impl(self):
+        if self._FLASH_ATTENTION_ACTIVE is not None:
+            self._FLASH_ATTENTION_ACTIVE[1].remove()
+        self._FLASH_ATTENTION_ACTIVE = None
+
+    def current(self):
+        return None if self._FLASH_ATTENTION_ACTIVE is None else self._FLASH_ATTENTION_ACTIVE[0]
+
+
+@pytest.fixture
+def torchs(monkeypatch):
+    """Torch's registry, with its implementation `X`."""
+    module = TorchsRegistry()
+    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
+    return module
+
+
+@pytest.fixture
+def ours(torchs, kernels):
+    """A registry in step with it, with the implementation `a`."""
+    registry = Registry(
+        Discovery(prefix="nothing.is.declared.in.such.a.group"), in_step_with_torch=True
+    )
+    registry.register("a", register_fn=kernels.installer("a"))
+    torchs.register_flash_attention_impl("X", register_fn=kernels.installer("X"))
+    return registry
+
+
+def test_each_lists_what_the_other_has(ours, torchs):
+    assert ours.names() == ["a", "torch:X"]
+    assert sorted(torchs._FLASH_ATTENTION_IMPLS) == ["X", "a"]
+    ours.unregister("a")
+    assert sorted(torchs._FLASH_ATTENTION_IMPLS) == ["X"]
+
+
+@pytest.mark.parametrize("side", ["ours", "torch's"])
+def test_what_one_side_activates_the_other_names_and_restores(ours, torchs, kernels, side):
+    if side == "ours":
+        ours.activate("a")
+    else:
+        torchs.activate_flash_attention_impl("a")
+    assert (ours.current(), torchs.current(), kernels.running) == ("a", "a", "a")
+    torchs.restore_flash_attention_impl()
+    assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
+
+
+@pytest.mark.parametrize("side", ["ours", "torch's"])
+def test_torchs_are_known_by_a_name_of_their_own(ours, torchs, kernels, side):
+    if side == "ours":
+        ours.activate("torch:X")
+    else:
+        torchs.activate_flash_attention_impl("X")
+    assert (ours.current(), torchs.current(), kernels.running) == ("torch:X", "X", "X")
+    ours.activate("a")
+    assert (ours.current(), torchs.current(), kernels.installed) == ("a", "a", ["a"])
+    torchs.activate_flash_attention_impl("X")
+    ours.restore()
+    assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
+
+
+def test_restoring_torchs_on_its_side_is_seen_by_the_next_transition(ours, torchs):
+    heard = []
+    ours.activate("torch:X")
+    ours.add_listener(lambda before, after: heard.append((before, after)))
+    torchs.restore_flash_attention_impl()
+    assert ours.current() is None
+    ours.show_to_torch()
+    assert heard == [("torch:X", None)]
+
+
+def test_torch_imported_while_ours_is_active_learns_of_it(monkeypatch, kernels):
+    registry = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
+    registry.register("a", register_fn=kernels.installer("a"))
+    registry.activate("a")
+    module = TorchsRegistry()
+    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
+    registry.show_to_torch()
+    assert (registry.current(), module.current()) == ("a", "a")
+
+
+@pytest.mark.parametrize("remove_raises", [False, True])
+def test_torchs_on_top_of_one_that_torch_did_not_know_of(monkeypatch, kernels, remove_raises):
+    registry = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
+    stuck = kernels.installer_with_stuck_handle("a", OSError("busy"))
+    registry.register("a", register_fn=stuck if remove_raises else kernels.installer("a"))
+    registry.activate("a")
+    module = TorchsRegistry()
+    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
+    module.register_flash_attention_impl("X", register_fn=kernels.installer("X"))
+    module.activate_flash_attention_impl("X")
+    if remove_raises:
+        with pytest.raises(RestoreError, match="busy"):
+            registry.show_to_torch()
+    else:
+        registry.show_to_torch()
+        assert kernels.installed == ["X"]
+    assert (registry.current(), module.current(), kernels.running) == ("torch:X", "X", "X")
+
+
+def test_a_failed_switch_to_torchs_keeps_ours(ours, torchs, kernels, failing):
+    torchs.register_flash_attention_impl("Y", register_fn=failing(OSError("gone")))
+    ours.activate("a")
+    with pytest.raises(OSError, match="gone"):
+        ours.activate("torch:Y")
+    assert (ours.current(), torchs.current(), kernels.installed) == ("a", "a", ["a"])
+
+
+def test_a_failed_switch_from_torchs_brings_back_the_function_it_had(
+    ours, torchs, kernels, failing
+):
+    ours.activate("torch:X")
+    torchs.register_flash_attention_impl("X", register_fn=kernels.installer("newer X"))
+    newer = torchs._FLASH_ATTENTION_IMPLS["X"]
+    ours.register("broken", register_fn=failing(OSError("gone")))
+    with pytest.raises(OSError, match="gone"):
+        ours.activate("broken")
+    assert (ours.current(), torchs.current(), kernels.installed) == ("torch:X", "X", ["X"])
+    assert torchs._FLASH_ATTENTION_IMPLS["X"] is newer
+    ours.activate("torch:X")
+    assert kernels.installed == ["newer X"]
+
+
+def test_what_torch_has_no_function_for_any_more_cannot_be_brought_back(
+    ours, torchs, kernels, failing
+):
+    torchs.activate_flash_attention_impl("X")
+    del torchs._FLASH_ATTENTION_IMPLS["X"]
+    assert ours.current() == "torch:X"
+    ours.register("broken", register_fn=failing(OSError("gone")))
+    with (
+        pytest.warns(RegistryWarning, match="could not be activated again"),
+        pytest.raises(OSError, match="gone"),
+    ):
+        ours.activate("broken")
+    assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
+
+
+def test_without_a_handle_it_is_active_until_it_is_left_with_a_warning(ours, torchs, kernels):
+    torchs.register_flash_attention_impl("Y", register_fn=kernels.installer_without_handle("Y"))
+    ours.activate("torch:Y")
+    ours.show_to_torch()
+    assert (ours.current(), torchs.current()) == ("torch:Y", "Y")
+    with pytest.warns(RegistryWarning, match="cannot be removed"):
+        ours.restore()
+    assert (ours.current(), torchs.current()) == (None, None)
+    ours.activate("torch:Y")
+    torchs.restore_flash_attention_impl()
+    with pytest.warns(RegistryWarning, match="cannot be removed"):
+        ours.show_to_torch()
+    assert (ours.current(), torchs.current()) == (None, None)
+
+
+def test_torchs_registry_is_not_stuck_by_a_handle_that_raises(ours, torchs, kernels):
+    torchs.register_flash_attention_impl(
+        "Y", register_fn=kernels.installer_with_stuck_handle("Y", OSError("busy"))
+    )
+    torchs.activate_flash_attention_impl("Y")
+    with pytest.raises(OSError, match="busy"):
+        torchs.restore_flash_attention_impl()
+    assert (ours.current(), torchs.current()) == ("torch:Y", "Y")
+    with pytest.raises(RestoreError, match="busy"):
+        ours.activate("a")
+    assert (ours.current(), torchs.current(), kernels.running) == ("a", "a", "a")
+
+
+def test_a_remove_of_ours_that_raises_does_not_stop_torchs_registry(ours, torchs, kernels):
+    ours.register("b", register_fn=kernels.installer_with_stuck_handle("b", OSError("busy")))
+    torchs.activate_flash_attention_impl("b")
+    with pytest.warns(RegistryWarning, match="busy"):
+        torchs.activate_flash_attention_impl("X")
+    assert (ours.current(), torchs.current(), kernels.running) == ("torch:X", "X", "X")
+
+
+def test_a_handle_of_an_earlier_activation_removes_nothing(ours, torchs, kernels):
+    torchs.activate_flash_attention_impl("a")
+    earlier = torchs._FLASH_ATTENTION_ACTIVE[1]
+    ours.restore()
+    ours.activate("a")
+    earlier.remove()
+    assert (ours.current(), kernels.running) == ("a", "a")
+
+
+def test_what_is_unavailable_here_cannot_be_activated_there(ours, torchs, kernels):
+    ours.register("b", register_fn=kernels.installer("b"), availability=lambda: "no GPU")
+    with pytest.raises(ImplUnavailableError, match="no GPU"):
+        torchs.activate_flash_attention_impl("b")
+    assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
+
+
+def test_torchs_registry_cannot_be_used_by_what_ours_is_calling(ours, torchs, kernels):
+    ours.activate("a")
+    ours.register("b", register_fn=lambda: torchs.activate_flash_attention_impl("X"))
+    with pytest.raises(ReentrantTransitionError):
+        ours.activate("b")
+    assert (ours.current(), torchs.current(), kernels.installed) == ("a", "a", ["a"])
+
+
+def test_showing_is_left_to_the_transition_that_is_running(ours, torchs, kernels):
+    def install():
+        ours.show_to_torch()
+        return kernels.installer("b")()
+
+    ours.register("b", register_fn=install)
+    ours.activate("b")
+    assert torchs.current() == "b"
+
+
+def test_what_another_thread_activates_there_meanwhile_is_seen_next_time(ours, torchs, kernels):
+    def install():
+        torchs._FLASH_ATTENTION_ACTIVE = ("X", kernels.installer("X")())
+        return kernels.installer("b")()
+
+    ours.register("b", register_fn=install)
+    ours.activate("b")
+    assert torchs.current() == "X"
+    ours.restore()
+    assert (ours.current(), torchs.current()) == (None, None)
+
+
+def test_torchs_cannot_be_unregistered_here(ours):
+    with pytest.raises(NotRegisteredError, match="not registered here but in torch"):
+        ours.unregister("torch:X")
+
+
+def test_a_name_that_both_have_stays_torchs_there(ours, torchs, kernels):
+    theirs = torchs._FLASH_ATTENTION_IMPLS["X"]
+    ours.register("X", register_fn=kernels.installer("our X"))
+    assert torchs._FLASH_ATTENTION_IMPLS["X"] is theirs
+    ours.activate("X")
+    assert (ours.current(), kernels.running) == ("X", "our X")
+    ours.unregister("X")
+    assert torchs._FLASH_ATTENTION_IMPLS["X"] is theirs
+
+
+def test_registries_in_step_leave_each_others_implementations_alone(ours, torchs, kernels):
+    other = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
+    other.register("b", register_fn=kernels.installer("b"))
+    assert sorted(torchs._FLASH_ATTENTION_IMPLS) == ["X", "a", "b"]
+
+
+def test_a_registry_of_its_own_has_nothing_to_do_with_torchs(torchs, registry, kernels):
+    torchs.register_flash_attention_impl("X", register_fn=kernels.installer("X"))
+    registry.register("a", register_fn=kernels.installer("a"))
+    registry.activate("a")
+    assert registry.names() == ["a"]
+    assert torchs.current() is None
+    assert "a" not in torchs._FLASH_ATTENTION_IMPLS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module, "_FLASH_ATTENTION_ACTIVE", "a"),  # torch 2.10
+        lambda module: delattr(module, "_FLASH_ATTENTION_ACTIVE"),
+        lambda module: delattr(module, "_FLASH_ATTENTION_IMPLS"),
+    ],
+    ids=["active is a name", "nothing says what is active", "no table"],
+)
+def test_a_registry_of_unknown_form_is_left_alone_and_said_so(torchs, kernels, change):
+    change(torchs)
+    assert "not of the form" in torch_registry.why_apart()
+    registry = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
+    registry.register("a", register_fn=kernels.installer("a"))
+    registry.activate("a")
+    assert (registry.current(), registry.names()) == ("a", ["a"])
+
+
+def test_without_torch_it_says_so(monkeypatch):
+    monkeypatch.delitem(sys.modules, torch_registry.MODULE, raising=False)
+    assert torch_registry.why_apart() == "torch has not been imported"
+    assert torch_registry.loaded() is None
+
+
+def test_torch_that_is_gone_again_is_an_error_not_a_crash(ours, torchs, monkeypatch):
+    torchs.activate_flash_attention_impl("X")
+    ours.show_to_torch()
+    monkeypatch.delitem(sys.modules, torch_registry.MODULE)
+    install = torch_registry.InstallThroughTorch("X", None)
+    with pytest.raises(RuntimeError, match="gone"):
+        install()
+    ours.restore()
+    assert ours.current() is None
+
+
+# Whether an implementation of torch's can be used
+
+
+def needing(module_path):
+    def register(module_path=module_path):
+        raise AssertionError("must not be called for a question")
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("register_fn", "reason"),
+    [
+        (needing("no_such_package.interface"), "no_such_package is not installed"),
+        (needing("json.tool"), None),
+        (needing("sys"), None),
+        (lambda other="no_such_package": None, None),
+        (lambda: None, None),
+        (len, None),
+    ],
+)
+def test_one_says_which_module_it_lacks_as_far_as_torchs_code_tells(
+    ours, torchs, register_fn, reason
+):
+    torchs.register_flash_attention_impl("Y", register_fn=register_fn)
+    (report,) = [report for report in ours.explain() if report.name == "torch:Y"]
+    assert report.available is (reason is None)
+    assert reason is None or reason in report.unavailable_reason
+    assert not report.recommended
+
+
+def test_the_package_of_an_imported_module_is_not_looked_for(ours, torchs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "made_up", types.ModuleType("made_up"))  # without a spec
+    torchs.register_flash_attention_impl("Y", register_fn=needing("made_up.interface"))
+    (report,) = [report for report in ours.explain() if report.name == "torch:Y"]
+    assert report.available
+
+
+def test_the_switch_for_fa3_is_set_back_after_a_failure(ours, torchs, monkeypatch):
+    switch = [False]
+    internals = types.SimpleNamespace(
+        _get_fa3_sdp_enabled=lambda: switch[0],
+        _set_sdp_use_fa3=lambda value: switch.__setitem__(0, value),
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(_C=internals))
+
+    def half_way():
+        switch[0] = True
+        raise OSError("no such op")
+
+    torchs.register_flash_attention_impl("FA3", register_fn=half_way)
+    with pytest.raises(OSError, match="no such op"):
+        ours.activate("torch:FA3")
+    assert switch == [False]
