@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import threading
@@ -12,7 +13,10 @@ from flash_attention_registry import (
     ReentrantTransitionError,
     RegistryWarning,
     RestoreError,
+    fork,
 )
+from flash_attention_registry.fork import ForkSafeLock, ForkSensitive, _renew_all
+from flash_attention_registry.lock import TransitionLock
 
 SECONDS = 20  # a test that waits longer than this hangs
 
@@ -230,7 +234,6 @@ def test_the_child_inherits_the_active_implementation_and_leaves_the_parents_alo
 
 
 def test_everything_with_a_lock_says_how_to_renew_it():
-    from flash_attention_registry.fork import ForkSensitive
 
     class Forgetful(ForkSensitive):
         pass
@@ -259,3 +262,38 @@ def test_listeners_may_come_and_go_while_transitions_run(ab):
         stop.set()
         thread.join(SECONDS)
     assert ab.current() == "a"
+
+
+def test_what_fails_before_a_transition_begins_leaves_the_lock_free():
+    class Around:
+        def begin(self, turn):
+            raise KeyboardInterrupt
+
+    lock = TransitionLock()
+    with pytest.raises(KeyboardInterrupt):
+        lock.hold("try", Around()).__enter__()
+    assert not lock.is_mine()
+    with lock.hold("try again"):
+        assert lock.is_mine()
+
+
+def test_renewing_gives_free_locks_and_no_half_made_transition(ab):
+    """What happens in a forked child, which coverage does not see, in this process."""
+    guard = ForkSafeLock()
+    with guard.lock:
+        before = guard.lock
+        _renew_all()
+        assert guard.lock is not before
+        assert guard.lock.acquire(blocking=False)
+    slot = ab._slot
+    slot._removed = True
+    slot.renew()
+    assert ab.current() is None
+
+
+def test_a_system_without_fork_needs_no_renewing(monkeypatch):
+    monkeypatch.delattr(os, "register_at_fork", raising=False)
+    spec = importlib.util.spec_from_file_location("fork_without_fork", fork.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.ForkSafeLock().lock.acquire(blocking=False)

@@ -201,3 +201,14 @@ def test_what_was_active_all_along_stays_as_it_is_although_registered_again(ab, 
     with ImplScope(ab, "a"):
         ab.register("a", register_fn=kernels.installer("a2"))
     assert (ab.current(), kernels.running) == ("a", "a")
+
+
+def test_a_warning_on_leaving_is_raised_where_warnings_are_errors(ab, kernels):
+    ab.register("c", register_fn=kernels.installer_without_handle("c"))
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(RegistryWarning, match="cannot be removed"),
+        ImplScope(ab, "c"),
+    ):
+        warnings.simplefilter("error")
+    assert ab.current() == "a"

@@ -173,6 +173,7 @@ def test_what_torch_has_no_function_for_any_more_cannot_be_brought_back(
     ):
         ours.activate("broken")
     assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
+    assert sorted(torchs._FLASH_ATTENTION_IMPLS) == ["a", "broken"]
 
 
 def test_without_a_handle_it_is_active_until_it_is_left_with_a_warning(ours, torchs, kernels):
@@ -255,6 +256,28 @@ def test_what_another_thread_activates_there_meanwhile_is_seen_next_time(ours, t
     assert torchs.current() == "X"
     ours.restore()
     assert (ours.current(), torchs.current()) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["", " spaced ", 7])
+def test_names_that_only_torch_takes_do_no_harm(ours, torchs, kernels, name):
+    torchs.register_flash_attention_impl(name, register_fn=kernels.installer("odd"))
+    here = f"torch:{name}".strip()
+    assert here in ours.names()
+    torchs.activate_flash_attention_impl(name)
+    assert ours.current() == here
+    ours.activate("a")
+    ours.activate(here)
+    assert (ours.current(), torchs.current(), kernels.installed) == (here, name, ["odd"])
+    ours.restore()
+    assert kernels.running == "stock"
+
+
+def test_what_torchs_has_meanwhile_is_restored_by_it_first(ours, torchs, kernels):
+    install = torch_registry.InstallThroughTorch("Y", kernels.installer("Y"))
+    torchs.register_flash_attention_impl("Y", register_fn=install.register_fn)
+    torchs.activate_flash_attention_impl("X")  # by another thread, during a transition of ours
+    install()
+    assert (torchs.current(), kernels.installed) == ("Y", ["Y"])
 
 
 def test_torchs_cannot_be_unregistered_here(ours):
@@ -376,3 +399,10 @@ def test_the_switch_for_fa3_is_set_back_after_a_failure(ours, torchs, monkeypatc
     with pytest.raises(OSError, match="no such op"):
         ours.activate("torch:FA3")
     assert switch == [False]
+
+
+def test_a_torch_without_that_switch_needs_no_setting_back(ours, torchs, monkeypatch, failing):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(_C=None))
+    torchs.register_flash_attention_impl("Y", register_fn=failing(OSError("gone")))
+    with pytest.raises(OSError, match="gone"):
+        ours.activate("torch:Y")

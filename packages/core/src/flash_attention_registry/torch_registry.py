@@ -50,21 +50,26 @@ class TorchRegistry:
 
     def names(self) -> list[str]:
         """Return the implementations that only torch's registry knows, as `torch:...`."""
+        return list(self._only_theirs())
+
+    def _only_theirs(self) -> dict[str, Any]:
+        """Return the names in torch's registry of what only it knows, by their names here."""
         torch = self._loaded()
         if torch is None:
-            return []
+            return {}
         impls = dict(torch._FLASH_ATTENTION_IMPLS)
-        return [TORCH_PREFIX + name for name, fn in impls.items() if not isinstance(fn, Activator)]
+        return {_name_here(name): name for name, fn in impls.items() if not _is_ours(fn)}
 
     def registration(self, name: str) -> Registration | None:
         """Return what stands for `torch:...` here, or None if torch knows no such implementation.
 
         It stays the same object for as long as torch has the same `register_fn` for it.
         """
+        names = self._only_theirs()
         torch = self._loaded()
-        if torch is None or name not in self.names():
+        if torch is None or name not in names:
             return None
-        own_name = name[len(TORCH_PREFIX) :]
+        own_name = names[name]
         register_fn = torch._FLASH_ATTENTION_IMPLS[own_name]
         known = self._registrations.get(name)
         if known is None or getattr(known.register_fn, "register_fn", None) is not register_fn:
@@ -85,7 +90,7 @@ class TorchRegistry:
             return name
         theirs = _foreign(torch)
         if theirs is not None:
-            return TORCH_PREFIX + theirs[0]
+            return _name_here(theirs[0])
         return None if name is not None and name.startswith(TORCH_PREFIX) else name
 
     # Round each transition of ours, inside of its lock
@@ -101,7 +106,7 @@ class TorchRegistry:
             if active is not None and _is_torchs(active):
                 self._slot.adopt(None, turn)
         elif active is None or not _is_handle_of(active.handle, theirs[1]):
-            name = TORCH_PREFIX + theirs[0]
+            name = _name_here(theirs[0])
             registration = self.registration(name)
             if registration is None:  # torch's registry cannot activate it again, nor can we
                 registration = Registration(name, register_fn=InstallThroughTorch(theirs[0], None))
@@ -134,8 +139,7 @@ class TorchRegistry:
                     name, register_fn=Activator(self._registry, name)
                 )
         for name, register_fn in list(impls.items()):
-            mine = isinstance(register_fn, Activator) and register_fn.registry is self._registry
-            if mine and name not in names:
+            if _is_ours(register_fn, self._registry) and name not in names:
                 del impls[name]
 
 
@@ -182,10 +186,10 @@ class TorchHandle:
     """Takes away what was activated in torch's registry.
 
     Attributes:
-        theirs: The handle that torch's registry holds; None if it was given none.
+        theirs: The handle that torch's registry holds.
     """
 
-    def __init__(self, theirs: FlashAttentionHandle | None) -> None:
+    def __init__(self, theirs: FlashAttentionHandle) -> None:
         """Keep the handle."""
         self.theirs = theirs
 
@@ -194,10 +198,9 @@ class TorchHandle:
         torch = loaded()
         now = None if torch is None else torch._FLASH_ATTENTION_ACTIVE
         try:
-            if self.theirs is not None:
-                self.theirs.remove()
+            self.theirs.remove()
         finally:
-            if torch is not None and now is not None and now[1] is self.theirs:
+            if now is not None and now[1] is self.theirs:
                 torch._FLASH_ATTENTION_ACTIVE = None
 
 
@@ -215,7 +218,7 @@ class InstallThroughTorch:
         register_fn: What torch's registry calls for it.
     """
 
-    def __init__(self, name: str, register_fn: Any) -> None:
+    def __init__(self, name: Any, register_fn: Any) -> None:
         """Remember the name that torch has for it."""
         self._name = name
         self.register_fn = register_fn
@@ -237,7 +240,10 @@ class InstallThroughTorch:
             reset_fa3()
             raise
         finally:
-            impls[self._name] = latest
+            if latest is None:
+                del impls[self._name]
+            else:
+                impls[self._name] = latest
         now = torch._FLASH_ATTENTION_ACTIVE
         if now is None:  # it returned no handle, and torch's registry would name nothing
             torch._FLASH_ATTENTION_ACTIVE = (self._name, Untracked())
@@ -305,6 +311,18 @@ def why_apart() -> str | None:
 
 def _never() -> None:
     """Stand in for `loaded` where torch's registry is none of our business."""
+
+
+def _name_here(own_name: object) -> str:
+    """Return what an implementation of torch's registry is called here; it takes any object."""
+    return f"{TORCH_PREFIX}{own_name}".strip()
+
+
+def _is_ours(register_fn: object, registry: Registry | None = None) -> bool:
+    """Whether it activates an implementation of a registry of ours, or of that very registry."""
+    if not isinstance(register_fn, Activator):
+        return False
+    return registry is None or register_fn.registry is registry
 
 
 def _foreign(torch: Any) -> tuple[str, Any] | None:
