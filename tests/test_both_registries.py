@@ -79,7 +79,6 @@ class Kernels:
             return None
         kernels = self
         running = Plan(plan.name, plan.misbehaviour)
-        running.plan = plan  # type: ignore[attr-defined]  # the registration it came from
         self.running.append(running)
 
         class Handle:

@@ -120,7 +120,7 @@ def fake_fa4(
         raise FakeFA4Error
 
     module = types.ModuleType("flash_attn.cute.interface")
-    module._flash_attn_fwd = module._flash_attn_bwd = ran  # type: ignore[attr-defined]
+    module._flash_attn_fwd = module._flash_attn_bwd = ran  # type: ignore[attr-defined]  # a made-up module
     monkeypatch.setattr(_fa4, "_fa4_forward_support_error", ran)
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))

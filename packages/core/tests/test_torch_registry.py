@@ -191,6 +191,15 @@ def test_without_a_handle_it_is_active_until_it_is_left_with_a_warning(ours, tor
     assert (ours.current(), torchs.current()) == (None, None)
 
 
+def test_without_a_handle_it_stays_active_if_the_next_one_fails(ours, torchs, kernels, failing):
+    torchs.register_flash_attention_impl("Y", register_fn=kernels.installer_without_handle("Y"))
+    torchs.register_flash_attention_impl("Z", register_fn=failing(OSError("gone")))
+    ours.activate("torch:Y")
+    with pytest.raises(OSError, match="gone"):
+        ours.activate("torch:Z")
+    assert (ours.current(), torchs.current(), kernels.running) == ("torch:Y", "Y", "Y")
+
+
 def test_torchs_registry_is_not_stuck_by_a_handle_that_raises(ours, torchs, kernels):
     torchs.register_flash_attention_impl(
         "Y", register_fn=kernels.installer_with_stuck_handle("Y", OSError("busy"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread  # threading would double the time that importing this package takes
+import sys
 
 from flash_attention_registry import environment
 from flash_attention_registry.cuda import WithoutCuda
@@ -12,6 +13,7 @@ from flash_attention_registry.errors import (
     EnvironmentVariableError,
     RegistryWarning,
     RequestUnavailableError,
+    RestoreError,
     describe,
     text_of,
 )
@@ -60,6 +62,7 @@ class EnvironmentRequest(ForkSensitive):
         Raises:
             EnvironmentVariableError: Its value cannot be understood.
             RequestUnavailableError: Nothing that it asks for could be activated.
+            RestoreError: It is active now, but the `remove()` of the one before raised.
             ReentrantTransitionError: Called inside a transition.
         """
         self._registry.refuse_reentry(f"activate what {IMPL} asks for")
@@ -70,7 +73,8 @@ class EnvironmentRequest(ForkSensitive):
     def honour(self, await_first_call: Callable[[], object]) -> None:
         """Activate what the environment asks for, or leave it pending if that needs CUDA.
 
-        If nothing can be activated there is a warning; in a strict environment the error.
+        If nothing can be activated there is a warning; in a strict environment the error. What the
+        program has activated before is left alone.
 
         Args:
             await_first_call: Called if it is pending; arranges that `settle` is called at the first
@@ -82,59 +86,78 @@ class EnvironmentRequest(ForkSensitive):
         """
         self._await_first_call = await_first_call
         try:
-            self._pending = environment.requested()
+            wanted = environment.requested()
         except EnvironmentVariableError as error:
             _raise_or_warn(error)
-        self.resume()
+            return
+        if self._registry.current() is None:
+            self._pending = wanted
+            self.resume()
 
     def resume(self) -> None:
-        """Go on with `honour`, which was called by code that a transition was running."""
-        if not self._pending or self._await_first_call is None:
+        """Go on with `honour`, where that had to wait.
+
+        It waits for a transition that imported torch to end, and for `sdpa` to be imported, which
+        a program may import before torch.
+        """
+        if not self._pending or self._await_first_call is None or _sdpa_is_half_imported():
             return
         try:
-            with WithoutCuda():
-                self._settle()
-        except CudaNeededError:
-            self._await_first_call()
+            try:
+                with WithoutCuda():
+                    self._settle()
+            except CudaNeededError:
+                self._await_first_call()
         except Exception as error:
+            self._pending = ()
             _raise_or_warn(error)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Activate what is pending, if anything is; the program uses CUDA now.
 
         If nothing can be activated there is a warning; in a strict environment the error, which the
-        next call raises again.
+        next call raises again. Another thread that comes meanwhile waits.
+
+        Returns:
+            Whether that is done. It is not in code that a transition runs, which cannot begin
+            another.
 
         Raises:
             RequestUnavailableError: Nothing could be activated, in a strict environment.
         """
-        names = self._pending
-        try:
-            if self._registry.current() is not None:
-                self.supersede()  # it was activated in torch's registry, which tells nobody
-            self._settle()
-        except Exception as error:
-            _raise_or_warn(error, lambda: setattr(self, "_pending", names))
+        if self._registry.in_transition():
+            return False
+        with self._lock:
+            names = self._pending
+            try:
+                if self._registry.current() is not None:
+                    self.supersede()  # it was activated in torch's registry, which tells nobody
+                self._settle()
+            except Exception as error:
+                _raise_or_warn(error, lambda: setattr(self, "_pending", names))
+            return not self._pending
 
     def _settle(self) -> None:
         """Activate the first of what is pending that can be.
 
         Nothing happens inside a transition, nor in code that the settling itself runs.
         """
+        if self._registry.in_transition():
+            return  # before the lock: who holds that may wait for the transition to end
         with self._lock:
-            if self._settling or self._registry.in_transition():
+            if self._settling:
                 return
             self._settling = True
-            waits_for_cuda = False
             try:
                 self._activate_first()
+                self._pending = ()
             except CudaNeededError:
-                waits_for_cuda = True
+                raise  # says nothing about the names; nor does an interrupt
+            except Exception:
+                self._pending = ()
                 raise
             finally:
                 self._settling = False
-                if not waits_for_cuda:
-                    self._pending = ()
 
     def _activate_first(self) -> None:
         reasons: dict[str, str] = {}
@@ -145,8 +168,8 @@ class EnvironmentRequest(ForkSensitive):
                     self._registry.restore_if_active()
                 else:
                     self._registry.activate(name)
-            except (CudaNeededError, RegistryWarning):
-                raise  # a warning that a filter made an error comes after the activation
+            except (CudaNeededError, RegistryWarning, RestoreError):
+                raise  # the last two, a warning by a filter, come after the activation
             except Exception as error:
                 failure = error
                 reasons[name] = text_of(error)
@@ -160,13 +183,24 @@ class EnvironmentRequest(ForkSensitive):
             ) from failure
 
 
+def _sdpa_is_half_imported() -> bool:
+    """Whether the import of `sdpa` is what imports torch now; providers cannot use it yet."""
+    sdpa = sys.modules.get("flash_attention_registry.sdpa")
+    return sdpa is not None and not hasattr(sdpa, "__all__")
+
+
 def _raise_or_warn(error: Exception, before_raising: Callable[[], object] = bool) -> None:
     """Raise `error` in a strict environment, else warn: an unmodified program goes on with stock.
+
+    A warning that a filter made an error is no failure: what was asked for is active.
 
     Args:
         error: Is being handled.
         before_raising: Called if it is raised.
     """
+    if isinstance(error, RegistryWarning):
+        warn_or_log(text_of(error))
+        return
     try:
         strict = environment.strict()
     except EnvironmentVariableError:

@@ -129,6 +129,9 @@ class TorchRegistry:
         elif not _is_torchs(active):
             handle = OurHandle(self._registry, active)
             torch._FLASH_ATTENTION_ACTIVE = (active.registration.name, handle)
+        elif active.handle is None:  # a failed activation of another one has made it forget this
+            own_name = getattr(active.registration.register_fn, "name", None)
+            torch._FLASH_ATTENTION_ACTIVE = (own_name, Untracked())
 
     def _list_ours(self, torch: Any) -> None:
         impls = torch._FLASH_ATTENTION_IMPLS
@@ -215,12 +218,13 @@ class InstallThroughTorch:
     """The `register_fn` of `torch:...`: activates it in torch's registry.
 
     Attributes:
-        register_fn: What torch's registry calls for it.
+        name: What torch's registry calls it.
+        register_fn: What torch's registry runs for it.
     """
 
     def __init__(self, name: Any, register_fn: Any) -> None:
         """Remember the name that torch has for it."""
-        self._name = name
+        self.name = name
         self.register_fn = register_fn
 
     def __call__(self) -> TorchHandle | None:
@@ -231,22 +235,22 @@ class InstallThroughTorch:
         if _foreign(torch) is None:
             torch._FLASH_ATTENTION_ACTIVE = None
         impls = torch._FLASH_ATTENTION_IMPLS
-        latest = impls.get(self._name)
-        impls[self._name] = self.register_fn  # this one, also if another has its name since
+        latest = impls.get(self.name)
+        impls[self.name] = self.register_fn  # this one, also if another has its name since
         reset_fa3 = _keeping_fa3_switch()
         try:
-            torch.activate_flash_attention_impl(self._name)
+            torch.activate_flash_attention_impl(self.name)
         except BaseException:
             reset_fa3()
             raise
         finally:
             if latest is None:
-                del impls[self._name]
+                del impls[self.name]
             else:
-                impls[self._name] = latest
+                impls[self.name] = latest
         now = torch._FLASH_ATTENTION_ACTIVE
         if now is None:  # it returned no handle, and torch's registry would name nothing
-            torch._FLASH_ATTENTION_ACTIVE = (self._name, Untracked())
+            torch._FLASH_ATTENTION_ACTIVE = (self.name, Untracked())
             return None
         return TorchHandle(now[1])
 
@@ -264,7 +268,7 @@ class InstallThroughTorch:
         package = module.partition(".")[0]
         if package in sys.modules or find_spec(package) is not None:
             return None
-        return f"torch's {self._name} needs the module {module}, and {package} is not installed"
+        return f"torch's {self.name} needs the module {module}, and {package} is not installed"
 
 
 def _keeping_fa3_switch() -> Callable[[], object]:

@@ -13,6 +13,8 @@ own kernel, counted with its reason.
 This package imports torch and is imported by providers only.
 """
 
+from flash_attention_registry.default import default_registry
+
 from .call import AttentionCall
 from .capabilities import Capabilities, Determinism, Feature, KernelSet
 from .counters import DispatchCounts, OpCounts, dispatch_counts, reset_dispatch_counts
@@ -33,3 +35,6 @@ __all__ = [
     "reset_dispatch_counts",
     "uninstall",
 ]
+
+# If this is what has imported torch, the environment's request has waited for it.
+default_registry().request.resume()

@@ -27,7 +27,8 @@ class Slot:
 
     Attributes:
         kernels: The installed kernel set; None is stock.
-        awaiting: What the next call on stock is to do first, once: it may install a kernel set.
+        awaiting: What the next call on stock is to do first, until it says that it is done: it may
+            install a kernel set.
         library: The `torch.library.Library` that holds the routers, None if they are not in.
         routers: What torch said about each op's kernel when its router had just been put in.
     """
@@ -37,17 +38,26 @@ class Slot:
     def __init__(self) -> None:
         """Start on stock, without routers."""
         self.kernels: ActiveKernels | None = None
-        self.awaiting: Callable[[], object] | None = None
+        self.awaiting: Callable[[], bool] | None = None
         # Any: torch's Library has no annotations.
         self.library: Any = None
         self.routers: dict[str, str | None] = {}
 
     def settle(self) -> ActiveKernels | None:
-        """Do what is awaited and return what is installed then; again next time if it raises."""
+        """Do what is awaited and return what is installed then.
+
+        It is done again at the next call if it raises or is not done yet, and not in calls that it
+        makes itself.
+        """
         awaiting = self.awaiting
-        if awaiting is not None and _thread.inside is None:
-            awaiting()
-            self.awaiting = None
+        if awaiting is not None and _thread.inside is None and not _thread.settling:
+            _thread.settling = True
+            try:
+                done = awaiting()
+            finally:
+                _thread.settling = False
+            if done and self.awaiting is awaiting:
+                self.awaiting = None
         return self.kernels
 
 
@@ -56,10 +66,11 @@ class _Thread(threading.local):
 
     A kernel set may use torch's attention itself, and would meet its own router. Stock's SDPA
     kernels call the general flash ops through the dispatcher, and meet a router too: what was
-    declined stays declined, and is counted once.
+    declined stays declined, and is counted once. Settling what is awaited may use attention too.
     """
 
     inside: str | None = None
+    settling = False
 
 
 _thread = _Thread()

@@ -103,7 +103,7 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
     return InstalledKernels(slot, kernels)
 
 
-def await_first_call(device_type: str, first: Callable[[], object]) -> None:
+def await_first_call(device_type: str, first: Callable[[], bool]) -> None:
     """Call `first` at the next call that finds no kernel set installed, before it runs.
 
     It may install one, which then serves that call already. If it raises, so does the call, and
@@ -111,7 +111,8 @@ def await_first_call(device_type: str, first: Callable[[], object]) -> None:
 
     Args:
         device_type: `"cuda"` or `"cpu"`.
-        first: Takes no arguments; its result is not used.
+        first: Takes no arguments and returns whether it is done; if not, the next call calls it
+            again. Calls of several threads at once call it at once.
 
     Raises:
         ValueError: `device_type` has no routed ops.
@@ -251,11 +252,15 @@ def why_bypassed() -> str | None:
     With `cpp_wrapper`, Inductor's code calls torch's kernels themselves, not the dispatcher, in
     which every override of an op stands. AOTInductor's code always does.
     """
-    inductor = sys.modules.get("torch._inductor.config")
-    set_in_config = getattr(inductor, "cpp_wrapper", False) is True
-    if not set_in_config and os.environ.get("TORCHINDUCTOR_CPP_WRAPPER") != "1":
+    # Once Inductor's configuration is loaded it is what counts; it has read the variable.
+    configured = getattr(sys.modules.get("torch._inductor.config"), "cpp_wrapper", None)
+    if configured is None:
+        where = "TORCHINDUCTOR_CPP_WRAPPER=1"
+        configured = os.environ.get("TORCHINDUCTOR_CPP_WRAPPER") == "1"
+    else:
+        where = "torch._inductor.config.cpp_wrapper"
+    if not configured:
         return None
-    where = "torch._inductor.config.cpp_wrapper" if set_in_config else "TORCHINDUCTOR_CPP_WRAPPER=1"
     return (
         f"{where} is set: code that torch.compile generates calls torch's own kernels past the "
         "dispatcher, so compiled attention is not served. Switch it off to have it served; "

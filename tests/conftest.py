@@ -1,0 +1,83 @@
+"""Programs in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What decides which kernels run, and what a test says anew for every program.
+CHOICES = ("CUDA_VISIBLE_DEVICES", "TORCH_DEVICE_BACKEND_AUTOLOAD", "TRITON_INTERPRET")
+CHOICE_PREFIXES = ("FLASH_ATTENTION_", "TORCHINDUCTOR_")
+
+RunPython = Callable[..., str]
+
+
+def run(*arguments: object, timeout: float = 300, **environment: str) -> str:
+    """Run Python to its end and give what it prints, or fail with what it says.
+
+    Args:
+        *arguments: Of the interpreter.
+        timeout: In seconds.
+        **environment: Variables, beside those of this process that choose no kernels.
+    """
+    __tracebackhide__ = True
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in CHOICES and not name.startswith(CHOICE_PREFIXES)
+    }
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", *map(str, arguments)],
+        cwd=ROOT,
+        # One thread: matrices this small wait more than they work, and sums keep their order.
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+    if done.returncode != 0:
+        pytest.fail(f"exit status {done.returncode} (a negative one is a signal)\n{done.stderr}")
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def run_python() -> RunPython:
+    """`run`."""
+    return run
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)], scope="session")
+def where(request: pytest.FixtureRequest) -> str:
+    """Where programs run: on the CPU, in Triton's interpreter, or on a GPU."""
+    place: str = request.param
+    return place
+
+
+HIDDEN_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def stock(where: str) -> dict[str, str]:
+    """The environment in which torch knows nothing of the registry."""
+    hidden = HIDDEN_GPU if where == "cpu" else {}
+    return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **hidden}
+
+
+@pytest.fixture(scope="session")
+def asks_for_nothing(where: str) -> dict[str, str]:
+    """The environment in which implementations are installed and none is asked for."""
+    return HIDDEN_GPU if where == "cpu" else {}
+
+
+@pytest.fixture(scope="session")
+def asks_for_fa4_triton(where: str) -> dict[str, str]:
+    """The environment of a user who wants these kernels."""
+    interpreted = {"TRITON_INTERPRET": "1", **HIDDEN_GPU} if where == "cpu" else {}
+    return {"FLASH_ATTENTION_IMPL": "fa4-triton", **interpreted}
