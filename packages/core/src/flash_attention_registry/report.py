@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from flash_attention_registry.registration import TORCH_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +20,8 @@ class ImplReport:
 
     Attributes:
         name: The name to activate it by.
-        distribution: The distribution whose entry point registered it; None if a direct call did.
+        distribution: The distribution whose entry point registered it, or in whose registry it is;
+            None if a direct call did.
         version: That distribution's version, or None.
         family: The family it belongs to, or None (also if its provider could not be loaded).
         priority: Its rank in the family; the greatest comes first.
@@ -79,17 +83,23 @@ def report_on(
         active: Whether it is the active implementation.
     """
     not_recommended: str | None = "it is not available"
+    distribution: str | None = None
+    version: str | None = None
     if registration is None:
         unavailable: str | None = not_loaded
     else:
         entry = registration.entry  # not the entry point of that name that a direct call overruled
+        if name.startswith(TORCH_PREFIX):
+            distribution, version = "torch", getattr(sys.modules.get("torch"), "__version__", None)
         unavailable = registration.why_unavailable()
         if unavailable is None:
             not_recommended = registration.why_not_recommended()
+    if entry is not None:
+        distribution, version = entry.distribution, entry.version
     return ImplReport(
         name=name,
-        distribution=None if entry is None else entry.distribution,
-        version=None if entry is None else entry.version,
+        distribution=distribution,
+        version=version,
         family=None if registration is None else registration.family,
         priority=0 if registration is None else registration.priority,
         available=unavailable is None,

@@ -172,7 +172,8 @@ class EnvironmentRequest(ForkSensitive):
                 raise  # the last two, a warning by a filter, come after the activation
             except Exception as error:
                 failure = error
-                reasons[name] = text_of(error)
+                # An unknown name has notes, on providers that could not be loaded.
+                reasons[name] = ". ".join([text_of(error), *getattr(error, "__notes__", ())])
             else:
                 return
         if failure is not None:

@@ -10,7 +10,7 @@ own kernel, counted with its reason.
     print(dispatch_counts())
     handle.remove()
 
-This package imports torch and is imported by providers only.
+This package imports torch; `flash_attention_registry` itself never imports it.
 """
 
 from flash_attention_registry.default import default_registry
