@@ -45,6 +45,7 @@ class EnvironmentRequest(ForkSensitive):
         """Make a free lock; what is pending in the parent is pending in the child."""
         self._lock = _thread.RLock()
         self._settling = False
+        self._resuming = False
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -102,6 +103,9 @@ class EnvironmentRequest(ForkSensitive):
         """
         if not self._pending or self._await_first_call is None or _sdpa_is_half_imported():
             return
+        if self._resuming:
+            return  # to await the first call may be what imports `sdpa`
+        self._resuming = True
         try:
             try:
                 with WithoutCuda():
@@ -111,6 +115,8 @@ class EnvironmentRequest(ForkSensitive):
         except Exception as error:
             self._pending = ()
             _raise_or_warn(error)
+        finally:
+            self._resuming = False
 
     def settle(self) -> bool:
         """Activate what is pending, if anything is; the program uses CUDA now.
