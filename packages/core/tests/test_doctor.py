@@ -18,7 +18,7 @@ from flash_attention_registry import (
     doctor,
     layout,
 )
-from flash_attention_registry.findings import (
+from flash_attention_registry.doctor.findings import (
     AttentionRun,
     Diagnosis,
     Gpu,

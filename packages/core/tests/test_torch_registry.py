@@ -47,6 +47,12 @@ class TorchsRegistry(types.ModuleType):
         return None if self._FLASH_ATTENTION_ACTIVE is None else self._FLASH_ATTENTION_ACTIVE[0]
 
 
+@pytest.fixture(autouse=True)
+def _real_torch_is_left_alone(monkeypatch):
+    """Where it has been imported, by other tests."""
+    monkeypatch.delitem(sys.modules, torch_registry.MODULE, raising=False)
+
+
 @pytest.fixture
 def torchs(monkeypatch):
     """Torch's registry, with its implementation `X`."""
@@ -287,6 +293,19 @@ def test_what_torchs_has_meanwhile_is_restored_by_it_first(ours, torchs, kernels
     torchs.activate_flash_attention_impl("X")  # by another thread, during a transition of ours
     install()
     assert (torchs.current(), kernels.installed) == ("Y", ["Y"])
+
+
+def test_what_another_thread_restores_there_meanwhile_is_seen_next_time(ours, torchs, kernels):
+    ours.activate("torch:X")
+    ours.register(
+        "b",
+        register_fn=kernels.installer("b"),
+        availability=torchs.restore_flash_attention_impl,
+    )
+    ours.explain()
+    assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
+    ours.activate("a")
+    assert (ours.current(), torchs.current(), kernels.installed) == ("a", "a", ["a"])
 
 
 def test_torchs_cannot_be_unregistered_here(ours):

@@ -58,6 +58,11 @@ def autoload() -> None:
     registry.request.honour(_await_first_call)
 
 
+def was_called() -> bool:
+    """Return whether torch, or anybody, has called the hook in this process."""
+    return _called
+
+
 def _await_first_call() -> None:
     """Let the first attention call on a GPU settle what is pending."""
     from flash_attention_registry.sdpa.router import await_first_call

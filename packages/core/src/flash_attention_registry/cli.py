@@ -13,7 +13,7 @@ standard output and nothing else. Its keys are stable, and what is unknown is nu
     name would take; if not, `reason`. Without a name these four are null.
 
 `doctor`
-    `ok`, and what `flash_attention_registry.findings.Diagnosis` holds.
+    `ok`, and what `flash_attention_registry.doctor.findings.Diagnosis` holds.
 
 any of them, if there is nothing else to say
     `error`, a text.
@@ -147,7 +147,7 @@ def _list(_options: argparse.Namespace) -> _Answer:
     entries = registry.discovery.entries()
     implementations = []
     for name in registry.names():
-        registration, entry = registry._registration(name), entries.get(name)
+        registration, entry = registry.registration(name), entries.get(name)
         implementations.append(
             {
                 "name": name,
@@ -173,8 +173,8 @@ def _cell(value: object) -> str:
 def _explain(options: argparse.Namespace) -> _Answer:
     from flash_attention_registry.default import explain_flash_attention_impls
     from flash_attention_registry.doctor import import_torch
+    from flash_attention_registry.doctor.usable import meant_by, why_not_usable, would_take
     from flash_attention_registry.report import format_reports
-    from flash_attention_registry.usable import meant_by, why_not_usable, would_take
 
     # First of all, as in a program: torch's own implementations are known then, and what the
     # environment asks for is active.

@@ -153,7 +153,7 @@ class Registry:
             reports = tuple(
                 report_on(
                     name,
-                    self._registration(name),
+                    self.registration(name),
                     self.discovery.entries().get(name),
                     not_loaded=self._why_not_loaded(name),
                     active=name == self._slot.name(),
@@ -163,7 +163,8 @@ class Registry:
         self.request.resume()  # a check may have been the first to import torch
         return reports
 
-    def _registration(self, name: str) -> Registration | None:
+    def registration(self, name: str) -> Registration | None:
+        """Return what is registered under a name, here or in torch's registry; loads nothing."""
         return self._registrations.get(name) or self._torch.registration(name)
 
     def add_listener(self, listener: Listener) -> ListenerHandle:
@@ -244,7 +245,7 @@ class Registry:
         target = None
         if previous is not None:
             name = previous.registration.name
-            if self._registration(name) is not None:
+            if self.registration(name) is not None:
                 target = previous.registration  # what was active, even if registered again since
             else:
                 turn.warn(
@@ -262,7 +263,7 @@ class Registry:
 
     def _activate(self, impl: str, turn: Turn) -> None:
         """Activate an implementation by its exact name, or else the best member of a family."""
-        registration = self._registration(impl)
+        registration = self.registration(impl)
         if registration is not None:
             self._activate_exactly(registration, turn)
             self.request.supersede()
@@ -306,7 +307,7 @@ class Registry:
                 f"A flash attention impl is named by a str, but {impl!r} was given. "
                 f"Available implementations: {self.names()}"
             )
-        if self._registration(impl) is None:
+        if self.registration(impl) is None:
             entries = self.discovery.entries()
             self._load([impl] if impl in entries else entries, f"activate {impl!r}")
 

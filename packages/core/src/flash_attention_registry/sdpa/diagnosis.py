@@ -16,11 +16,11 @@ from flash_attention_registry.default import (
     current_flash_attention_impl,
     use_flash_attention_impl,
 )
+from flash_attention_registry.doctor.findings import AttentionRun, Gpu, TorchFacts, Trap
 from flash_attention_registry.errors import describe
-from flash_attention_registry.findings import AttentionRun, Gpu, TorchFacts, Trap
 from flash_attention_registry.registration import TORCH_PREFIX
 
-from . import router
+from . import overrides, router
 from .counters import dispatch_counts
 from .ops import ROUTED_OPS
 from .probe import (
@@ -29,7 +29,6 @@ from .probe import (
     active_on,
     backend_of,
     default_device_type,
-    ops_taken_over,
     plain_torch,
     query_of,
     typical_calls,
@@ -79,7 +78,7 @@ def counts() -> Counts:
 def traps() -> tuple[Trap, ...]:
     """Return what in torch, or between torch and a GPU, keeps kernels from being used."""
     found = []
-    bypassed = router.why_bypassed()
+    bypassed = overrides.why_bypassed()
     if bypassed is not None:
         found.append(Trap(bypassed, "What was compiled with it has to be compiled again."))
     interpreted = os.environ.get("TRITON_INTERPRET", "")
@@ -97,7 +96,7 @@ def traps() -> tuple[Trap, ...]:
 
 
 def _override_traps(device_type: str) -> Iterator[Trap]:
-    taken_over = ops_taken_over(device_type)
+    taken_over = router.ops_taken_over(device_type)
     if taken_over:
         yield Trap(
             f"another library's Python kernel stands in place of "

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from flash_attention_registry.default import current_flash_attention_impl
+from flash_attention_registry.doctor.findings import TypicalCall
 from flash_attention_registry.errors import describe
-from flash_attention_registry.findings import TypicalCall
 
 from . import router
 from .capabilities import KernelSet
@@ -32,7 +32,6 @@ __all__ = [
     "active_on",
     "backend_of",
     "default_device_type",
-    "ops_taken_over",
     "plain_torch",
     "query_of",
     "typical_calls",
@@ -155,9 +154,9 @@ def _kernel(
     if op_call is None:
         return "stock", "what torch sends to this backend never reaches an implementation"
     op = op_call[0]
-    if op not in router._slots[device_type].routers:
+    if op not in router.routed_ops(device_type):
         return "stock", f"aten::{op} of this torch has arguments that are not known here"
-    if op in ops_taken_over(device_type):
+    if op in router.ops_taken_over(device_type):
         return None, f"another library has overridden aten::{op}"
     kernels = installed[device_type]
     reason = _ask(kernels, device_type, *op_call)
@@ -204,16 +203,3 @@ def _ask(
     kernels.supports = lambda call: supports(call) or _SERVED
     reason: str = ROUTED_OPS[device_type].adapters[op](kernels, *arguments, **options)
     return reason
-
-
-def ops_taken_over(device_type: str) -> list[str]:
-    """Return the ops whose calls go to another library's Python kernel.
-
-    Where our routers are in they should be on top. Where they are not, torch's bookkeeping tells.
-    """
-    key = ROUTED_OPS[device_type].dispatch_key
-    slot = router._slots[device_type]
-    if slot.library is not None:
-        return [op for op, text in slot.routers.items() if router._kernel_text(op, key) != text]
-    overrides = getattr(torch.library, "_impls", ())
-    return [op for op in ROUTED_OPS[device_type].adapters if f"aten/{op}/{key}" in overrides]

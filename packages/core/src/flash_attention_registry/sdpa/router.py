@@ -7,8 +7,6 @@ that it reads. An empty slot is stock: the captured kernel, called with the same
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +19,13 @@ from flash_attention_registry.fork import ForkSafeLock
 from .capabilities import KernelSet
 from .counters import counter_of
 from .ops import ROUTED_OPS, difference_to_schema, schema_of
+from .overrides import (
+    forget_python_overrides,
+    is_overridden_from_python,
+    kernel_text,
+    warn_of_bypass,
+    warn_of_python_override,
+)
 from .route import Slot, make_route
 from .serving import ActiveKernels
 
@@ -29,8 +34,9 @@ __all__ = [
     "await_first_call",
     "install",
     "installed_kernel_sets",
+    "ops_taken_over",
+    "routed_ops",
     "uninstall",
-    "why_bypassed",
 ]
 
 
@@ -95,7 +101,7 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
         )
     kernels = ActiveKernels(kernel_set, strict=environment.strict())
     _warn_of_hidden_routers(device_type, slot)
-    _warn_of_bypass()
+    warn_of_bypass()
     with _guard.lock:
         if slot.library is None:
             slot.library = _install_routers(device_type, slot)
@@ -128,6 +134,32 @@ def installed_kernel_sets() -> dict[str, KernelSet]:
     """Which kernel set serves now, by device type; a device type on stock is left out."""
     active = {device_type: slot.kernels for device_type, slot in _slots.items()}
     return {device_type: kernels.kernel_set for device_type, kernels in active.items() if kernels}
+
+
+def routed_ops(device_type: str) -> list[str]:
+    """Names of the ops that have a router now; all that this torch has, once one was installed.
+
+    Raises:
+        ValueError: `device_type` has no routed ops.
+    """
+    return list(_slot_of(device_type).routers)
+
+
+def ops_taken_over(device_type: str) -> list[str]:
+    """Names of the ops whose calls go to another library's Python kernel.
+
+    Where our routers are in, they should be on top. A kernel cannot be asked whether it is ours,
+    and calling it with made-up tensors is not safe; but torch tells the line that registered it,
+    and all routers have one line in this package. Where no router is in, torch's bookkeeping tells.
+
+    Raises:
+        ValueError: `device_type` has no routed ops.
+    """
+    slot = _slot_of(device_type)
+    key = ROUTED_OPS[device_type].dispatch_key
+    if slot.library is not None:
+        return [op for op, text in slot.routers.items() if kernel_text(op, key) != text]
+    return [op for op in ROUTED_OPS[device_type].adapters if is_overridden_from_python(op, key)]
 
 
 def uninstall(device_type: str = "cuda") -> None:
@@ -194,12 +226,12 @@ def _install_routers(device_type: str, slot: Slot) -> Any:
                     stacklevel=3,
                 )
                 continue
-            _warn_of_python_override(op, routed.dispatch_key)
+            warn_of_python_override(op, routed.dispatch_key)
             stock = _stock_kernel(op, routed.dispatch_key)
             route = make_route(op, routed.dispatch_key, adapter, slot, stock, counter_of(op))
             library.impl(op, route, routed.dispatch_key, with_keyset=True, allow_override=True)
-            routers[op] = _kernel_text(op, routed.dispatch_key)
-    _forget_python_overrides(library)
+            routers[op] = kernel_text(op, routed.dispatch_key)
+    forget_python_overrides(library)
     slot.routers = routers
     return library
 
@@ -216,24 +248,10 @@ def _stock_kernel(op: str, dispatch_key: str) -> Callable[..., Any] | None:
         return None
 
 
-def _kernel_text(op: str, dispatch_key: str) -> str | None:
-    """What torch says about the kernel that it would run: the line that registered it.
-
-    None if it says something else at each look, such as an address.
-    """
-    looks = [torch.library.get_kernel(f"aten::{op}", dispatch_key) for _ in range(2)]
-    text, again = map(repr, looks)
-    return text if text == again else None
-
-
 def _warn_of_hidden_routers(device_type: str, slot: Slot) -> None:
-    """Warn if calls no longer reach the routers, because another library's kernel is on top.
-
-    A kernel cannot be asked whether it is ours, and calling it with made-up tensors is not safe;
-    but torch tells the line that registered it, and all routers have one line in this package.
-    """
+    """Warn if calls no longer reach the routers, because another library's kernel is on top."""
     key = ROUTED_OPS[device_type].dispatch_key
-    hidden = [op for op, text in slot.routers.items() if _kernel_text(op, key) != text]
+    hidden = ops_taken_over(device_type) if slot.library is not None else []
     if hidden:
         warnings.warn(
             f"another library has overridden {', '.join('aten::' + op for op in hidden)} ({key}) "
@@ -244,63 +262,3 @@ def _warn_of_hidden_routers(device_type: str, slot: Slot) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def why_bypassed() -> str | None:
-    """Why code that `torch.compile` generates now would not reach any router, or None.
-
-    With `cpp_wrapper`, Inductor's code calls torch's kernels themselves, not the dispatcher, in
-    which every override of an op stands. AOTInductor's code always does.
-    """
-    # Once Inductor's configuration is loaded it is what counts; it has read the variable.
-    configured = getattr(sys.modules.get("torch._inductor.config"), "cpp_wrapper", None)
-    if configured is None:
-        where = "TORCHINDUCTOR_CPP_WRAPPER=1"
-        configured = os.environ.get("TORCHINDUCTOR_CPP_WRAPPER") == "1"
-    else:
-        where = "torch._inductor.config.cpp_wrapper"
-    if not configured:
-        return None
-    return (
-        f"{where} is set: code that torch.compile generates calls torch's own kernels past the "
-        "dispatcher, so compiled attention is not served. Switch it off to have it served; "
-        "attention outside of compiled code is."
-    )
-
-
-def _warn_of_bypass() -> None:
-    reason = why_bypassed()
-    if reason is not None:
-        warnings.warn(reason, RuntimeWarning, stacklevel=3)
-
-
-def _warn_of_python_override(op: str, dispatch_key: str) -> None:
-    """Warn if what is about to be captured as stock is another library's Python kernel."""
-    overrides = getattr(torch.library, "_impls", ())
-    if f"aten/{op}/{dispatch_key}" in overrides:
-        warnings.warn(
-            f"aten::{op} ({dispatch_key}) is already overridden from Python. Calls that are "
-            "declined run on that kernel rather than on torch's own, and fail once it is taken "
-            "away: restore it before activating, or deactivate and uninstall() before removing "
-            "it.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
-def _forget_python_overrides(library: Any) -> None:
-    """Let torch's own FA3 and FA4 be registered on top of the routers.
-
-    Before 2.13 they register without `allow_override`, and torch refuses a second Python kernel
-    at a key that its bookkeeping lists. The dispatcher itself stacks kernels well, so dropping our
-    keys from the bookkeeping is all it takes.
-    """
-    overrides = getattr(torch.library, "_impls", None)
-    own = getattr(library, "_op_impls", None)
-    if overrides is not None and own is not None and _registers_without_override():
-        overrides.difference_update(own)
-
-
-def _registers_without_override() -> bool:
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    return (major, minor) < (2, 13)

@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from flash_attention_registry.findings import AttentionRun, Diagnosis, Request, TypicalCall
+    from flash_attention_registry.doctor.findings import (
+        AttentionRun,
+        Diagnosis,
+        Request,
+        TypicalCall,
+    )
 
 __all__ = ["text_of_diagnosis"]
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 
-from flash_attention_registry.asked import environment_traps, parsed_variables, request_of
 from flash_attention_registry.default import (
     current_flash_attention_impl,
     default_registry,
     explain_flash_attention_impls,
 )
+from flash_attention_registry.doctor.asked import environment_traps, parsed_variables, request_of
+from flash_attention_registry.doctor.findings import AttentionRun, Diagnosis, Request
 from flash_attention_registry.environment import IMPL, STRICT
 from flash_attention_registry.errors import (
     FlashAttentionRegistryError,
     describe,
     text_of,
 )
-from flash_attention_registry.findings import AttentionRun, Diagnosis, Request
 from flash_attention_registry.layout import one_line
 
 TYPE_CHECKING = False
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
-    from flash_attention_registry.findings import TypicalCall
+    from flash_attention_registry.doctor.findings import TypicalCall
     from flash_attention_registry.report import ImplReport
 
 __all__ = ["HINTS", "Diagnosis", "TorchImport", "diagnose", "import_torch"]

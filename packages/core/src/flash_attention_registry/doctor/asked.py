@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 
-from flash_attention_registry import environment
+from flash_attention_registry import autoload, environment
 from flash_attention_registry.default import current_flash_attention_impl, default_registry
+from flash_attention_registry.doctor.findings import Request, Trap, Variable
+from flash_attention_registry.doctor.usable import is_active, why_not_usable
 from flash_attention_registry.environment import DISABLE, IMPL, NATIVE, STRICT
 from flash_attention_registry.errors import (
     EnvironmentVariableError,
     RequestUnavailableError,
     text_of,
 )
-from flash_attention_registry.findings import Request, Trap, Variable
-from flash_attention_registry.usable import is_active, why_not_usable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ def _why_not_active(active: str | None) -> str:
     """Return why something that is usable is not active."""
     if active is not None:
         return f"usable, but {active!r} is active instead"
-    hook = sys.modules.get("flash_attention_registry.autoload")
-    if getattr(hook, "_called", False):
+    if autoload.was_called():
         return (
             "usable, but not active: its activation failed with a warning, or the program has "
             "restored torch's own kernels since"

@@ -207,6 +207,6 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """Return it as text, in lines as wide as the terminal."""
-        from flash_attention_registry.doctor_text import text_of_diagnosis
+        from flash_attention_registry.doctor.text import text_of_diagnosis
 
         return text_of_diagnosis(self)
