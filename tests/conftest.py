@@ -18,21 +18,22 @@ CHOICE_PREFIXES = ("FLASH_ATTENTION_", "TORCHINDUCTOR_")
 RunPython = Callable[..., str]
 
 
-def run(*arguments: object, timeout: float = 300, **environment: str) -> str:
-    """Run Python to its end and give what it prints, or fail with what it says.
+def attempt(
+    *arguments: object, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, however it ends.
 
     Args:
         *arguments: Of the interpreter.
         timeout: In seconds.
         **environment: Variables, beside those of this process that choose no kernels.
     """
-    __tracebackhide__ = True
     inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in CHOICES and not name.startswith(CHOICE_PREFIXES)
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-X", "faulthandler", *map(str, arguments)],
         cwd=ROOT,
         # One thread: matrices this small wait more than they work, and sums keep their order.
@@ -42,9 +43,21 @@ def run(*arguments: object, timeout: float = 300, **environment: str) -> str:
         check=False,
         timeout=timeout,
     )
+
+
+def run(*arguments: object, timeout: float = 300, **environment: str) -> str:
+    """As `attempt`, but give what it prints, or fail with what it says."""
+    __tracebackhide__ = True
+    done = attempt(*arguments, timeout=timeout, **environment)
     if done.returncode != 0:
         pytest.fail(f"exit status {done.returncode} (a negative one is a signal)\n{done.stderr}")
     return done.stdout
+
+
+@pytest.fixture(scope="session")
+def try_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`attempt`."""
+    return attempt
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +94,20 @@ def asks_for_fa4_triton(where: str) -> dict[str, str]:
     """The environment of a user who wants these kernels."""
     interpreted = {"TRITON_INTERPRET": "1", **HIDDEN_GPU} if where == "cpu" else {}
     return {"FLASH_ATTENTION_IMPL": "fa4-triton", **interpreted}
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Give a function from a package's folder to its wheel, each built once."""
+    built: dict[Path, Path] = {}
+
+    def wheel(folder: Path) -> Path:
+        if folder not in built:
+            out = tmp_path_factory.mktemp(folder.name)
+            command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (built[folder],) = out.glob("*.whl")
+        return built[folder]
+
+    return wheel

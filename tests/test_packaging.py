@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 CORE = ROOT / "packages/core"
 PROVIDER_GROUP = "flash_attention_registry.providers.v1"
+HOOK_GROUP = "torch.backends"  # whose entry points `import torch` calls at its end
 PROVIDERS = [folder for folder in FOLDERS if folder.name.startswith("fa4-")]
 
 each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -72,23 +73,6 @@ def run_python(*options: str, wheels: list[Path], code: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Give a function from a package's folder to its wheel, each built once."""
-    built: dict[Path, Path] = {}
-
-    def wheel(folder: Path) -> Path:
-        if folder not in built:
-            out = tmp_path_factory.mktemp(folder.name)
-            command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-            (built[folder],) = out.glob("*.whl")
-        return built[folder]
-
-    return wheel
-
-
 def test_the_packages_are_those_of_the_layout() -> None:
     assert {folder.name for folder in FOLDERS} == {"core", "fa4-triton", "testkit"}
 
@@ -100,11 +84,15 @@ def test_every_package_has_the_same_rooms(folder: Path, room: str) -> None:
 
 
 @each_package
-def test_wheel_holds_one_typed_package_and_its_licence(folder: Path, build: Build) -> None:
+def test_wheel_holds_one_typed_package_a_providers_hook_and_the_licence(
+    folder: Path, build: Build
+) -> None:
     names = names_in(build(folder))
     package = import_name(folder)
     assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {package}
+    beside = {f"{package}_autoload.py"} if folder in PROVIDERS else set()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {package} | beside
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -113,7 +101,7 @@ def test_wheel_holds_every_file_of_its_source(folder: Path, build: Build) -> Non
     source = folder / "src"
     files = {
         path.relative_to(source).as_posix()
-        for path in (source / import_name(folder)).rglob("*")
+        for path in source.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert files <= names_in(build(folder))
@@ -188,6 +176,34 @@ def test_core_wheel_alone_imports_and_loads_no_torch(build: Build) -> None:
 def test_provider_wheel_declares_its_implementation(folder: Path, build: Build) -> None:
     declared = entry_points(build(folder))[PROVIDER_GROUP]
     assert declared == {project(folder)["name"]: f"{import_name(folder)}:register"}
+
+
+@each_provider
+def test_provider_wheel_declares_its_hook_in_a_module_beside_the_package(
+    folder: Path, build: Build
+) -> None:
+    declared = entry_points(build(folder))[HOOK_GROUP]
+    assert declared == {project(folder)["name"]: f"{import_name(folder)}_autoload:autoload"}
+
+
+@each_provider
+def test_a_providers_hook_is_loaded_with_nothing_else_of_its_wheel(
+    folder: Path, build: Build
+) -> None:
+    out = run_python(
+        "-I",
+        "-S",
+        wheels=[build(folder)],
+        code=f"before = set(sys.modules); import {import_name(folder)}_autoload as hook\n"
+        "hook.autoload()\n"
+        "print(sorted(set(sys.modules) - before - sys.stdlib_module_names))",
+    )
+    assert out.strip() == f"['{import_name(folder)}_autoload']"
+
+
+def test_core_wheel_has_no_hook_but_a_command(build: Build) -> None:
+    declared = entry_points(build(CORE))
+    assert declared == {"console_scripts": {"flash-attention": "flash_attention_registry.cli:main"}}
 
 
 @each_provider

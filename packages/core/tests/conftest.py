@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_attention_registry import Registry, default
+from flash_attention_registry import Registry, before_using_cuda, default, environment
 from flash_attention_registry.discovery import ENTRY_POINT_GROUP, Discovery
 
 
@@ -75,6 +75,23 @@ def fail(error: BaseException) -> Callable[[], object]:
     return failing
 
 
+@pytest.fixture(autouse=True)
+def _environment_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (environment.IMPL, environment.STRICT, environment.DISABLE):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the environment asks for: `asked("a,b", strict="1")`."""
+
+    def ask(impl: str, *, strict: str = "") -> None:
+        monkeypatch.setenv(environment.IMPL, impl)
+        monkeypatch.setenv(environment.STRICT, strict)
+
+    return ask
+
+
 @pytest.fixture
 def kernels() -> Kernels:
     return Kernels()
@@ -92,6 +109,15 @@ def ab(registry: Registry, kernels: Kernels) -> Registry:
     for name in "ab":
         registry.register(name, register_fn=kernels.installer(name))
     registry.activate("a")
+    return registry
+
+
+@pytest.fixture
+def abc(registry: Registry, kernels: Kernels) -> Registry:
+    """A registry with `a`, `b` and `c`, which needs CUDA for its check; nothing is active."""
+    for name in "abc":
+        check = before_using_cuda if name == "c" else None
+        registry.register(name, register_fn=kernels.installer(name), availability=check)
     return registry
 
 
@@ -150,3 +176,29 @@ def installed(site, monkeypatch):
     monkeypatch.setattr(default, "_registry", registry)
     assert default.default_registry() is registry
     return registry
+
+
+@pytest.fixture
+def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a distribution that has entry points in any groups, and no modules."""
+
+    def declare(
+        distribution: str,
+        groups: dict[str, dict[str, str]],
+        *,
+        version: str = "1.0",
+        folder: str = ".",
+    ) -> None:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        monkeypatch.syspath_prepend(str(place))
+        info = place / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        (info / "METADATA").write_text(text)
+        lines = []
+        for group, points in groups.items():
+            lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+    return declare

@@ -143,17 +143,6 @@ def test_refresh_sees_what_was_installed_since_and_tries_again_what_failed(site,
     assert report_on(installed, "good").available
 
 
-def test_of_two_distributions_with_one_name_the_first_on_the_path_counts(
-    site, installed, tmp_path, monkeypatch
-):
-    site.install("good_provider", GOOD, provides=PROVIDES_GOOD, distribution="later")
-    nearer = tmp_path / "nearer"
-    nearer.mkdir()
-    monkeypatch.syspath_prepend(str(nearer))
-    type(site)(nearer).install("x", "", provides=PROVIDES_GOOD, distribution="nearer")
-    assert installed.discovery.entries()["good"].distribution == "nearer"
-
-
 def test_loading_a_name_that_is_not_offered_does_nothing():
     discovery = Discovery(prefix="nothing.is.declared.in.such.a.group")
     discovery.load("x", lambda name: False)

@@ -1,0 +1,113 @@
+"""Installations that have lost a part: `import torch` works, and says at most once what is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("flash_attention", "fa4_")
+REPORT = """
+import torch
+import torch.nn.functional as F
+x = torch.ones(1, 1, 4, 16, dtype=torch.bfloat16)
+F.scaled_dot_product_attention(x, x, x)
+print(torch.nn.attention.current_flash_attention_impl())
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that is installed beside torch, but for our packages, whichever way those are."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if not path.name.lower().startswith(OURS):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked(build: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    for package in ("core", "fa4-triton"):
+        with zipfile.ZipFile(build(ROOT / "packages" / package)) as wheel:
+            wheel.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def installation(unpacked: Path, tmp_path: Path) -> Iterator[Path]:
+    """The wheels of core and provider, unpacked; a test may remove what it likes."""
+    folder = tmp_path / "installation"
+    shutil.copytree(unpacked, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def import_torch(
+    installation: Path, elsewhere: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Import torch where nothing is installed but what is in both folders."""
+    prelude = f"import sys; sys.path += [{str(installation)!r}, {str(elsewhere)!r}]\n"
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLASH_ATTENTION_")}
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", prelude + REPORT],
+        env={**inherited, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def remove(installation: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        (found,) = installation.glob(pattern)
+        shutil.rmtree(found)
+
+
+REGISTRY = ("flash_attention_registry", "flash_attention_registry-*.dist-info")
+REMOVED = {
+    "the provider's package": ("fa4_triton",),
+    "the registry": REGISTRY,
+    "both": ("fa4_triton", *REGISTRY),
+    "the registry's package": REGISTRY[:1],
+}
+WARNINGS = {"the provider's package": ["No module named 'fa4_triton'"]}
+
+
+def test_the_whole_installation_works(installation: Path, elsewhere: Path) -> None:
+    done = import_torch(installation, elsewhere, FLASH_ATTENTION_IMPL="fa4-triton")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "fa4-triton\n", "")
+
+
+@pytest.mark.parametrize("what", REMOVED)
+def test_without_a_request_a_missing_part_is_not_noticed(
+    what: str, installation: Path, elsewhere: Path
+) -> None:
+    remove(installation, *REMOVED[what])
+    done = import_torch(installation, elsewhere)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
+
+
+@pytest.mark.parametrize("what", REMOVED)
+def test_with_a_request_torch_is_imported_with_at_most_one_warning(
+    what: str, installation: Path, elsewhere: Path
+) -> None:
+    remove(installation, *REMOVED[what])
+    done = import_torch(installation, elsewhere, FLASH_ATTENTION_IMPL="fa4-triton")
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+    reasons = WARNINGS.get(what, [])
+    assert done.stderr.count("Warning: ") == len(reasons), done.stderr
+    assert bool(done.stderr) == bool(reasons), done.stderr
+    for reason in reasons:
+        assert reason in done.stderr
+        assert "Torch's own attention kernels run." in done.stderr
