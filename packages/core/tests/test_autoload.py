@@ -77,13 +77,14 @@ def test_what_is_asked_for_is_active_in_both(process, torchs, asked):
     assert (process.current(), torchs._FLASH_ATTENTION_ACTIVE[0]) == ("good", "good")
 
 
-def test_however_many_providers_call_it_it_acts_once(process, asked):
-    asked("nobody")
-    with pytest.warns(RegistryWarning, match="nobody"):
-        autoload.autoload()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        autoload.autoload()
+def test_however_many_providers_call_it_it_acts_once(process, asked, kernels):
+    process.register("mine", register_fn=kernels.installer("mine"))
+    asked("mine")
+    autoload.autoload()
+    assert process.current() == "mine"
+    process.restore()
+    autoload.autoload()
+    assert process.current() is None
 
 
 def test_what_needs_cuda_is_settled_by_the_first_call_on_a_gpu(process, asked, router, kernels):

@@ -94,3 +94,11 @@ def test_what_is_no_longer_disabled_is_loaded(site, installed, disable, monkeypa
     monkeypatch.delenv("FLASH_ATTENTION_IMPL_DISABLE")
     installed.activate("good")
     assert installed.current() == "good"
+
+
+def test_disabling_what_is_active_does_not_take_it_away(site, installed, disable):
+    site.install("good_provider", GOOD, provides=PROVIDES_GOOD)
+    installed.activate("good")
+    disable("good")
+    assert not report_on(installed, "good").available
+    assert installed.current() == "good"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from flash_attention_registry import (
+    CudaNeededError,
     FamilyUnavailableError,
     ImplUnavailableError,
     RegistryWarning,
     UnknownImplError,
 )
+from flash_attention_registry.cuda import WithoutCuda, before_using_cuda
 
 
 @pytest.fixture
@@ -165,3 +167,19 @@ def test_a_recommendation_that_raises_is_a_reason(registry, member, failing):
     member("odd", recommended=failing(RuntimeError))
     with pytest.raises(FamilyUnavailableError, match="recommendation check raised RuntimeError"):
         registry.activate("FA4")
+
+
+def test_a_member_that_has_to_wait_for_cuda_does_not_yield_to_the_next(registry, kernels):
+    registry.register(
+        "best",
+        register_fn=kernels.installer("best"),
+        family="FA4",
+        priority=1,
+        prepare=before_using_cuda,
+    )
+    registry.register("next", register_fn=kernels.installer("next"), family="FA4")
+    with WithoutCuda(), pytest.raises(CudaNeededError):
+        registry.activate("FA4")
+    assert kernels.running == "stock"
+    registry.activate("FA4")
+    assert kernels.running == "best"

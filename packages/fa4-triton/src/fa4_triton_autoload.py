@@ -5,11 +5,22 @@ neither the package `fa4_triton` nor the registry, so that a half-removed instal
 torch from being imported.
 """
 
+import os
+import sys
+
 
 def autoload() -> None:
     """List what is installed in torch's registry, and honour `FLASH_ATTENTION_IMPL`."""
     try:
         from flash_attention_registry.autoload import autoload as hook
-    except ImportError:  # removed, while fa4-triton's metadata is still there
+    except ImportError as error:  # removed, while fa4-triton's metadata is still there
+        asked = os.environ.get("FLASH_ATTENTION_IMPL", "").strip()
+        if asked:
+            print(  # no warning, which a filter would make an error of `import torch`
+                f"Warning: FLASH_ATTENTION_IMPL={asked} is not honoured: flash-attention-registry, "
+                f"which fa4-triton needs, cannot be imported ({error}). Install it again, or "
+                f"uninstall fa4-triton. Torch's own attention kernels run.",
+                file=sys.stderr,
+            )
         return
     hook()

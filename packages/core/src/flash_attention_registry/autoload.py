@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from flash_attention_registry.default import default_registry
 from flash_attention_registry.errors import describe
+from flash_attention_registry.waiting import do_unless_busy
 from flash_attention_registry.warn import warn_or_log
 
 _called = False
@@ -50,7 +51,7 @@ def autoload() -> None:
     registry = default_registry()
     try:
         registry.discovery.entries()
-        registry.show_to_torch()
+        do_unless_busy(registry.show_to_torch)
     except Exception as error:
         warn_or_log(
             f"Installed flash attention implementations cannot be listed: {describe(error)}"

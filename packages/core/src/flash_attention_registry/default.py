@@ -52,7 +52,8 @@ def register_flash_attention_impl(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: `impl` or `family` is empty or has space around it.
+        ValueError: `impl` or `family` is empty, has space around it or a comma in it, is `native`,
+            or begins with `torch:`.
         ReentrantTransitionError: Called by code that the registry is calling.
     """
     _registry.register(
@@ -107,6 +108,8 @@ def activate_flash_attention_impl(impl: str) -> None:
         ImplUnavailableError: The implementation cannot run here; the message says why.
         FamilyUnavailableError: No member could be taken; the message gives each one's reason.
         HandleError: The `register_fn` returned something that is no handle.
+        EnvironmentVariableError: A `ValueError`: `FLASH_ATTENTION_IMPL_DISABLE` or, with some
+            implementations, `FLASH_ATTENTION_IMPL_STRICT` cannot be understood.
         RestoreError: `impl` is active now, but the `remove()` of the one before raised.
         RegistryWarning: Only if a filter makes warnings errors; `impl` is active now.
         ReentrantTransitionError: Called by code that the registry is calling.
@@ -160,6 +163,7 @@ def activate_requested_flash_attention_impl() -> str | None:
         EnvironmentVariableError: A `ValueError`: the variable's value cannot be understood.
         RequestUnavailableError: Nothing that it asks for could be activated; the message gives
             each one's reason. What was active before still is.
+        RestoreError: It is active now, but the `remove()` of the one before raised.
         ReentrantTransitionError: Called by code that the registry is calling.
     """
     _registry.request.activate()
@@ -195,6 +199,7 @@ def explain_flash_attention_impls() -> tuple[ImplReport, ...]:
     whether it is recommended. `format_reports` makes one text of it.
 
     Raises:
+        EnvironmentVariableError: `FLASH_ATTENTION_IMPL_DISABLE` cannot be understood.
         ReentrantTransitionError: Called by code that the registry is calling.
     """
     return _registry.explain()

@@ -19,6 +19,7 @@ import _thread  # threading would double the time that importing this package ta
 from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import describe
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.waiting import acquire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +115,10 @@ class Discovery(ForkSensitive):
         conflict = None if entry is None else entry.conflict
         return why_disabled(name) or conflict or self._failures.get(name)
 
+    def is_broken(self, name: str) -> bool:
+        """Return whether the provider of that name was loaded and failed."""
+        return name in self._failures
+
     def load(self, name: str, is_registered: Callable[[str], bool]) -> None:
         """Import the provider of `name` and let it register, unless that has been settled.
 
@@ -123,8 +128,13 @@ class Discovery(ForkSensitive):
             name: The name of an entry point that was found.
             is_registered: Tells whether an implementation is registered. What is registered
                 already, by an explicit call, wins over an entry point not yet loaded.
+
+        Raises:
+            BusyError: Another thread is loading one, and this one must not wait for it.
         """
-        with self._lock:
+        lock = self._lock
+        acquire(lock)
+        try:
             entry = self.entries().get(name)
             if entry is None or self.failure(name) is not None or name in self._loading:
                 return
@@ -145,6 +155,8 @@ class Discovery(ForkSensitive):
                 del self._loading[name]
             if failure:
                 self._failures[name] = failure
+        finally:
+            lock.release()
 
     def being_loaded(self, name: str) -> ProviderEntry | None:
         """Return the entry point of that name if the calling thread is loading it now."""

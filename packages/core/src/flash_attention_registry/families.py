@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flash_attention_registry.errors import FamilyUnavailableError, describe
+from flash_attention_registry.errors import CudaNeededError, FamilyUnavailableError, describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def activate_best(family: str, members: Sequence[Registration], slot: Slot, turn
         if reason is None:
             try:
                 slot.put(member, turn)
+            except CudaNeededError:
+                raise
             except Exception as error:
                 failure = error
                 reason = f"its activation raised {describe(error)}"

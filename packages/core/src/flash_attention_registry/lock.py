@@ -6,6 +6,7 @@ import _thread  # threading would double the time that importing this package ta
 
 from flash_attention_registry.errors import ReentrantTransitionError, add_error
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.waiting import acquire
 from flash_attention_registry.warn import warn_caller
 
 TYPE_CHECKING = False
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
         def end(self) -> None:
             """Finish, also after an error."""
+
+        def released(self) -> None:
+            """Do what had to wait for the lock to be free."""
 
 
 class TransitionLock(ForkSensitive):
@@ -64,14 +68,15 @@ class TransitionLock(ForkSensitive):
 
         Args:
             doing: What is done, for messages.
-            around: What is to happen right after the lock is taken and right before it is released.
+            around: What is to happen right after the lock is taken, and right before and right
+                after it is released.
         """
         return Turn(self, doing, around)
 
     def _acquire(self, doing: str) -> _thread.LockType:
         self.refuse_reentry(doing)
         lock = self._lock
-        lock.acquire()
+        acquire(lock)
         self._owner = _thread.get_ident()
         self._doing = doing
         return lock
@@ -136,6 +141,11 @@ class Turn:
         finally:
             self._transition_lock._release(self._held)
         errors = [*self._errors]
+        if self._around is not None:
+            try:
+                self._around.released()
+            except BaseException as error:
+                errors.append(error)
         for text in self._warnings:
             try:
                 warn_caller(text)

@@ -150,7 +150,7 @@ class Registry:
 
         self._load(self.discovery.entries(), "explain the implementations")
         with self._turn("explain the implementations"):
-            reports = tuple(
+            return tuple(
                 report_on(
                     name,
                     self.registration(name),
@@ -160,8 +160,6 @@ class Registry:
                 )
                 for name in self.names()
             )
-        self.request.resume()  # a check may have been the first to import torch
-        return reports
 
     def registration(self, name: str) -> Registration | None:
         """Return what is registered under a name, here or in torch's registry; loads nothing."""
@@ -316,7 +314,7 @@ class Registry:
         self._lock.refuse_reentry(wanted)
         for name in tuple(names):
             self.discovery.load(name, lambda name: name in self._registrations)
-            if self.discovery.failure(name) is not None:
+            if self.discovery.is_broken(name):
                 self._drop_half_registered(name)
 
     def _drop_half_registered(self, name: str) -> None:

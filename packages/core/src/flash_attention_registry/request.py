@@ -18,6 +18,7 @@ from flash_attention_registry.errors import (
     text_of,
 )
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.waiting import BusyError, WithoutWaiting
 from flash_attention_registry.warn import warn_or_log
 
 TYPE_CHECKING = False
@@ -38,6 +39,7 @@ class EnvironmentRequest(ForkSensitive):
         """Ask for nothing yet."""
         self._registry = registry
         self._pending: tuple[str, ...] = ()
+        self._awaits_first_call = False
         self._await_first_call: Callable[[], object] | None = None
         super().__init__()
 
@@ -45,7 +47,6 @@ class EnvironmentRequest(ForkSensitive):
         """Make a free lock; what is pending in the parent is pending in the child."""
         self._lock = _thread.RLock()
         self._settling = False
-        self._resuming = False
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -92,31 +93,43 @@ class EnvironmentRequest(ForkSensitive):
             _raise_or_warn(error)
             return
         if self._registry.current() is None:
-            self._pending = wanted
+            self._pending, self._awaits_first_call = wanted, False
             self.resume()
 
     def resume(self) -> None:
         """Go on with `honour`, where that had to wait.
 
-        It waits for a transition that imported torch to end, and for `sdpa` to be imported, which
-        a program may import before torch.
+        It waits for a transition to end, in this thread or in another, since a transition may be
+        what imports torch; and for `sdpa` to be imported, which a program may import before torch.
         """
-        if not self._pending or self._await_first_call is None or _sdpa_is_half_imported():
-            return
-        if self._resuming:
-            return  # to await the first call may be what imports `sdpa`
-        self._resuming = True
+        while self._resume_once():
+            pass
+
+    def _resume_once(self) -> bool:
+        """Return whether it was in vain, but is worth another try."""
+        if not self._pending or self._await_first_call is None or self._awaits_first_call:
+            return False
+        if _sdpa_is_half_imported() or self._registry.in_transition():
+            return False
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            return False  # another thread settles it
+        busy = None
         try:
             try:
-                with WithoutCuda():
+                with WithoutCuda(), WithoutWaiting():
                     self._settle()
             except CudaNeededError:
+                self._awaits_first_call = True  # before the call, which may import `sdpa`
                 self._await_first_call()
+        except BusyError as error:
+            busy = error
         except Exception as error:
             self._pending = ()
             _raise_or_warn(error)
         finally:
-            self._resuming = False
+            lock.release()
+        return busy is not None and busy.is_over()
 
     def settle(self) -> bool:
         """Activate what is pending, if anything is; the program uses CUDA now.
@@ -157,7 +170,7 @@ class EnvironmentRequest(ForkSensitive):
             try:
                 self._activate_first()
                 self._pending = ()
-            except CudaNeededError:
+            except (CudaNeededError, BusyError):
                 raise  # says nothing about the names; nor does an interrupt
             except Exception:
                 self._pending = ()
@@ -174,7 +187,7 @@ class EnvironmentRequest(ForkSensitive):
                     self._registry.restore_if_active()
                 else:
                     self._registry.activate(name)
-            except (CudaNeededError, RegistryWarning, RestoreError):
+            except (CudaNeededError, BusyError, RegistryWarning, RestoreError):
                 raise  # the last two, a warning by a filter, come after the activation
             except Exception as error:
                 failure = error

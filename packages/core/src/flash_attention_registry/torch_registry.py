@@ -133,6 +133,10 @@ class TorchRegistry:
             own_name = getattr(active.registration.register_fn, "name", None)
             torch._FLASH_ATTENTION_ACTIVE = (own_name, Untracked())
 
+    def released(self) -> None:
+        """Go on with what the environment asks for, if that had to wait for this transition."""
+        self._registry.request.resume()
+
     def _list_ours(self, torch: Any) -> None:
         impls = torch._FLASH_ATTENTION_IMPLS
         names = self._registry.names_known()

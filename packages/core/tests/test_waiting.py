@@ -1,0 +1,153 @@
+"""The hook inside `import torch` waits for no lock whose holder may wait for that import."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from flash_attention_registry import ImplUnavailableError
+from flash_attention_registry.waiting import BusyError, WithoutWaiting, acquire, do_unless_busy
+
+WAIT = 20  # seconds; a test that waits longer than this hangs
+
+
+class Elsewhere:
+    """Calls a function in another thread, which is held inside until it is released."""
+
+    def __init__(self, call):
+        self.inside, self.release = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=call, args=(self.hold,), daemon=True)
+        self.thread.start()
+        assert self.inside.wait(WAIT)
+
+    def hold(self):
+        self.inside.set()
+        assert self.release.wait(WAIT)
+
+    def finish(self):
+        self.release.set()
+        self.thread.join(WAIT)
+        assert not self.thread.is_alive()
+
+
+def test_a_lock_that_is_free_is_taken_either_way():
+    lock = threading.Lock()
+    acquire(lock)
+    lock.release()
+    with WithoutWaiting():
+        acquire(lock)
+    assert lock.locked()
+
+
+def test_a_lock_that_is_held_is_not_waited_for():
+    lock = threading.Lock()
+    with lock, WithoutWaiting(), pytest.raises(BusyError, match="another thread") as busy:
+        acquire(lock)
+    assert busy.value.is_over()
+
+
+def test_what_needs_a_held_lock_is_left_to_its_holder():
+    lock, calls = threading.Lock(), []
+
+    def action():
+        calls.append(1)
+        acquire(lock)
+
+    with lock:
+        do_unless_busy(action)
+    assert calls == [1]
+
+
+def test_it_is_tried_again_if_the_holder_has_just_finished():
+    lock, calls = threading.Lock(), []
+    lock.acquire()
+
+    def action():
+        calls.append(1)
+        try:
+            acquire(lock)
+        except BusyError:
+            lock.release()  # the other thread, at this very moment
+            raise
+
+    do_unless_busy(action)
+    assert calls == [1, 1]
+
+
+def test_a_request_is_settled_by_the_thread_that_changes_the_registry(registry, kernels, asked):
+    """The other thread may be importing torch, and wait for the import that the hook is in."""
+    registry.register("a", register_fn=kernels.installer("a"))
+    slow = []
+    registry.register("slow", register_fn=lambda: None, availability=lambda: slow[0]())
+
+    def explain(hold):
+        slow.append(hold)
+        registry.explain()
+
+    other = Elsewhere(explain)
+    asked("a")
+    registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    assert (registry.current(), registry.request.pending) == (None, ("a",))
+    other.finish()
+    assert (registry.current(), registry.request.pending) == ("a", ())
+
+
+def test_a_request_is_settled_after_another_thread_has_loaded_a_provider(installed, kernels, asked):
+    def load(hold):
+        with installed.discovery._lock:
+            hold()
+        installed.register("b", register_fn=kernels.installer("b"))
+
+    other = Elsewhere(load)
+    asked("b")
+    installed.discovery._entries = {"b": None, **installed.discovery.entries()}
+    installed.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    assert (installed.current(), installed.request.pending) == (None, ("b",))
+    installed.discovery.refresh()
+    other.finish()
+    assert (installed.current(), installed.request.pending) == ("b", ())
+
+
+def test_a_request_is_left_to_the_thread_that_settles_it(registry, kernels, asked):
+    registry.register("a", register_fn=kernels.installer("a"))
+
+    def settle(hold):
+        with registry.request._lock:
+            hold()
+
+    other = Elsewhere(settle)
+    asked("a")
+    registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    assert (registry.current(), registry.request.pending) == (None, ("a",))
+    other.finish()
+    registry.explain()
+    assert registry.current() == "a"
+
+
+def test_a_failed_activation_does_not_lose_the_request_that_came_up_in_it(registry, kernels, asked):
+    asked("a")
+    registry.register("a", register_fn=kernels.installer("a"))
+
+    def import_torch():
+        registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+        return "no GPU"
+
+    registry.register("b", register_fn=lambda: None, availability=import_torch)
+    with pytest.raises(ImplUnavailableError, match="no GPU"):
+        registry.activate("b")
+    assert (registry.current(), registry.request.pending) == ("a", ())
+
+
+def test_what_is_raised_after_a_transition_comes_with_its_own_error(registry, asked, monkeypatch):
+    asked("nobody")
+    monkeypatch.setenv("FLASH_ATTENTION_IMPL_STRICT", "1")
+
+    def import_torch():
+        registry.request.honour(lambda: None)
+        return "no GPU"
+
+    registry.register("b", register_fn=lambda: None, availability=import_torch)
+    with pytest.raises(ImplUnavailableError, match="no GPU") as caught:
+        registry.activate("b")
+    assert "asks for what cannot be activated" in "".join(caught.value.__notes__)
