@@ -151,3 +151,21 @@ def test_what_is_raised_after_a_transition_comes_with_its_own_error(registry, as
     with pytest.raises(ImplUnavailableError, match="no GPU") as caught:
         registry.activate("b")
     assert "asks for what cannot be activated" in "".join(caught.value.__notes__)
+
+
+def test_a_request_is_tried_again_if_the_other_thread_has_just_finished(
+    registry, kernels, asked, monkeypatch
+):
+    registry.register("a", register_fn=kernels.installer("a"))
+    activate, calls = registry.activate, []
+
+    def busy_at_first(name):
+        calls.append(name)
+        if len(calls) == 1:
+            raise BusyError(threading.Lock())  # which is free
+        activate(name)
+
+    monkeypatch.setattr(registry, "activate", busy_at_first)
+    asked("a")
+    registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    assert (calls, registry.current()) == (["a", "a"], "a")

@@ -159,10 +159,9 @@ class EnvironmentRequest(ForkSensitive):
     def _settle(self) -> None:
         """Activate the first of what is pending that can be.
 
-        Nothing happens inside a transition, nor in code that the settling itself runs.
+        Not to be called inside a transition: who holds the lock may wait for that to end. Nothing
+        happens in code that the settling itself runs.
         """
-        if self._registry.in_transition():
-            return  # before the lock: who holds that may wait for the transition to end
         with self._lock:
             if self._settling:
                 return
