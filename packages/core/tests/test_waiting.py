@@ -109,6 +109,29 @@ def test_a_request_is_settled_after_another_thread_has_loaded_a_provider(install
     assert (installed.current(), installed.request.pending) == ("b", ())
 
 
+def test_a_provider_that_could_not_register_meanwhile_is_no_broken_one(site, installed, asked):
+    source = """
+from flash_attention_registry import default
+def register():
+    default.register_flash_attention_impl("late", register_fn=lambda: None)
+"""
+    site.install("late_provider", source, provides={"late": "late_provider:register"})
+    slow = []
+    installed.register("slow", register_fn=lambda: None, availability=lambda: slow[0]())
+
+    def activate(hold):
+        slow.append(lambda: hold() or "no GPU")
+        with pytest.raises(ImplUnavailableError, match="no GPU"):
+            installed.activate("slow")
+
+    other = Elsewhere(activate)
+    asked("late")
+    installed.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    assert installed.discovery.failure("late") is None
+    other.finish()
+    assert (installed.current(), installed.request.pending) == ("late", ())
+
+
 def test_a_request_is_left_to_the_thread_that_settles_it(registry, kernels, asked):
     registry.register("a", register_fn=kernels.installer("a"))
 

@@ -19,7 +19,7 @@ import _thread  # threading would double the time that importing this package ta
 from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import describe
 from flash_attention_registry.fork import ForkSensitive
-from flash_attention_registry.waiting import acquire
+from flash_attention_registry.waiting import BusyError, acquire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ class Discovery(ForkSensitive):
                 already, by an explicit call, wins over an entry point not yet loaded.
 
         Raises:
-            BusyError: Another thread is loading one, and this one must not wait for it.
+            BusyError: Another thread is loading one or changing the registry, and this one must not
+                wait for it.
         """
         lock = self._lock
         acquire(lock)
@@ -143,6 +144,8 @@ class Discovery(ForkSensitive):
             self._loading[name] = _thread.get_ident()
             try:
                 entry.register()
+            except BusyError:
+                raise  # no fault of the provider, which is loaded again later
             except Exception as error:
                 failure = f"{entry.value} of {entry.origin()} raised {describe(error)}"
             else:
