@@ -140,4 +140,11 @@ def test_an_entry_point_with_a_name_that_could_not_be_asked_for_is_reported(
     source = GOOD.replace('"good"', repr(name))
     site.install("good_provider", source, provides={})
     declare("other-dist", {api(1): {name: "good_provider:register"}})
-    assert "ValueError: impl must not be" in refusal(installed, name)
+    assert f"declares {name!r}: 'native' stands for" in refusal(installed, name)
+
+
+def test_a_provider_that_ends_the_program_is_isolated(site, installed):
+    source = "import sys\ndef register():\n    sys.exit(0)\n"
+    site.install("rude_provider", source, provides={"rude": "rude_provider:register"})
+    with pytest.raises(ImplUnavailableError, match="SystemExit"):
+        installed.activate("rude")

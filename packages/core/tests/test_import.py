@@ -60,14 +60,18 @@ def test_registering_and_activating_by_name_reads_no_metadata():
     assert "importlib.metadata" not in loaded
 
 
-def test_the_import_takes_milliseconds():
-    # The promise is 10 ms; the limit leaves room for a busy machine. The best of five counts.
+def test_the_import_takes_milliseconds(tmp_path):
+    # With bytecode, as an installed package has it; the best of five counts.
     code = (
         "import time; start = time.perf_counter()\n"
         "import flash_attention_registry\n"
         "print(1e3 * (time.perf_counter() - start))"
     )
-    assert min(float(run(code)) for _ in range(5)) < 30
+    cache = ("-X", f"pycache_prefix={tmp_path}")
+    write = "import sys; sys.dont_write_bytecode = False\n"
+    run(write + "import flash_attention_registry", *cache)
+    assert list(tmp_path.rglob("*.pyc"))
+    assert min(float(run(code, *cache)) for _ in range(5)) < 10
 
 
 def test_reading_a_lazy_name_loads_its_module():

@@ -13,7 +13,7 @@ def autoload() -> None:
     """List what is installed in torch's registry, and honour `FLASH_ATTENTION_IMPL`."""
     try:
         from flash_attention_registry.autoload import autoload as hook
-    except ImportError as error:  # removed, while fa4-triton's metadata is still there
+    except Exception as error:  # removed or damaged, while fa4-triton's metadata is still there
         asked = os.environ.get("FLASH_ATTENTION_IMPL", "").strip()
         if asked:
             print(  # no warning, which a filter would make an error of `import torch`

@@ -19,6 +19,7 @@ import _thread  # threading would double the time that importing this package ta
 from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import describe
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.registration import why_reserved
 from flash_attention_registry.waiting import BusyError, acquire
 
 TYPE_CHECKING = False
@@ -146,7 +147,7 @@ class Discovery(ForkSensitive):
                 entry.register()
             except BusyError:
                 raise  # no fault of the provider, which is loaded again later
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failure = f"{entry.value} of {entry.origin()} raised {describe(error)}"
             else:
                 failure = (
@@ -214,7 +215,10 @@ def _settle_claims(claims: Sequence[tuple[int, ProviderEntry]]) -> ProviderEntry
     usable = [entry for api, entry in claims if api == PROVIDER_API]
     chosen = (usable or [entry for _, entry in claims])[0]
     origins = sorted({entry.origin() for _, entry in claims})
-    if len(origins) > 1:
+    reserved = why_reserved(chosen.name)
+    if reserved is not None:
+        chosen.conflict = f"{chosen.origin()} declares {chosen.name!r}: {reserved}"
+    elif len(origins) > 1:
         chosen.conflict = (
             f"{' and '.join(origins)} claim the name {chosen.name!r}, and none of them is "
             f"imported; uninstall all but one"

@@ -120,12 +120,20 @@ def refuse_reserved(what: str, name: str) -> None:
     Raises:
         ValueError: `name` holds a comma, is `native`, or begins with `torch:`.
     """
+    reason = why_reserved(name)
+    if reason is not None:
+        raise ValueError(f"{what} must not be {name!r}: {reason}.")
+
+
+def why_reserved(name: str) -> str | None:
+    """Return why a name cannot be an implementation's or a family's, or None if it can."""
     if "," in name or name == NATIVE or name.startswith(TORCH_PREFIX):
-        raise ValueError(
-            f"{what} must not be {name!r}: {NATIVE!r} stands for torch's own kernels, names that "
-            f"begin with {TORCH_PREFIX!r} for implementations in torch's registry, and a comma "
-            f"separates names in environment variables."
+        return (
+            f"{NATIVE!r} stands for torch's own kernels, names that begin with {TORCH_PREFIX!r} "
+            f"for implementations in torch's registry, and a comma separates names in environment "
+            f"variables"
         )
+    return None
 
 
 def _check_name(what: str, name: object) -> None:
