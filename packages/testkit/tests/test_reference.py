@@ -70,7 +70,7 @@ def test_lse_is_the_natural_log_of_the_softmax_denominator() -> None:
         ({"causal": True, "window_left": 1, "window_right": 3}, lambda gap: -1 <= gap <= 0),
         ({"window_left": -1, "window_right": -1}, lambda gap: True),
     ],
-    ids=str,
+    ids=["causal", "left 2", "left 2, right 1", "causal, left 1, right 3", "no limits"],
 )
 def test_masks_are_aligned_to_the_bottom_right(queries: int, keys: int, options, sees) -> None:
     # Equal scores and one-hot values: each output row reads off which keys it saw.

@@ -1,13 +1,18 @@
 """Testkit for providers of the flash-attention registry.
 
-The names below are imported when they are first used, because they need torch and every pytest
-run in this environment imports this package for its plugin.
+The names below are imported when they are first used, because most of them need torch and every
+pytest run in this environment imports this package for its plugin.
 
 - ``reference_sdpa``: attention, log-sum-exp and gradients in float64.
 - ``faithful_sdpa``: the same with a kernel's roundings.
 - ``assert_sdpa_parity``, ``measure_sdpa_parity``: compare an implementation with both.
 - ``SdpaResult``, ``AttentionOptions``, ``ParityRule``, ``ParityReport``, ``TensorParity``: what
   they take and return.
+- ``SdpaCase``, ``case_grid``, ``legal_cases``: attention problems, one by one, as named sets and as
+  a hypothesis strategy.
+- ``make_inputs``, ``SdpaInputs``: their tensors.
+- ``FakeProvider``, ``FakeHandle``, ``FakeEntryPoints``: providers that install nothing; these need
+  no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +20,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flash_attention_testkit.cases import SdpaCase, case_grid
+    from flash_attention_testkit.fake_entry_points import FakeEntryPoints
+    from flash_attention_testkit.fakes import FakeHandle, FakeProvider
+    from flash_attention_testkit.inputs import SdpaInputs, make_inputs
     from flash_attention_testkit.parity import (
         ParityReport,
         ParityRule,
@@ -28,22 +37,39 @@ if TYPE_CHECKING:
         faithful_sdpa,
         reference_sdpa,
     )
+    from flash_attention_testkit.strategies import legal_cases
 
     __version__: str
 
 __all__ = [
     "AttentionOptions",
+    "FakeEntryPoints",
+    "FakeHandle",
+    "FakeProvider",
     "ParityReport",
     "ParityRule",
+    "SdpaCase",
+    "SdpaInputs",
     "SdpaResult",
     "TensorParity",
     "assert_sdpa_parity",
+    "case_grid",
     "faithful_sdpa",
+    "legal_cases",
+    "make_inputs",
     "measure_sdpa_parity",
     "reference_sdpa",
 ]
 
 _MODULES = {
+    "FakeEntryPoints": "fake_entry_points",
+    "FakeHandle": "fakes",
+    "FakeProvider": "fakes",
+    "SdpaCase": "cases",
+    "SdpaInputs": "inputs",
+    "case_grid": "cases",
+    "legal_cases": "strategies",
+    "make_inputs": "inputs",
     "AttentionOptions": "reference",
     "SdpaResult": "reference",
     "faithful_sdpa": "reference",

@@ -1,20 +1,20 @@
 """The pytest plugin: loaded by pytest wherever the testkit is installed, and light for that.
 
-It imports neither torch nor the registry: the fixture imports the registry when a test asks for it,
+It imports neither torch nor the registry: a fixture imports the registry when a test asks for it,
 and torch is imported when a test is marked ``gpu``.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from flash_attention_registry import Registry
+    from flash_attention_testkit.fake_entry_points import FakeEntryPoints
 
 pytest.register_assert_rewrite("flash_attention_testkit.parity")
 
@@ -51,40 +51,48 @@ def _why_no_gpu() -> str | None:
 def flash_attention_registry_reset() -> Iterator[Registry]:
     """The process's registry, put back afterwards to what it was before the test.
 
-    The test may register, activate and leave active what it likes. Afterwards its implementation
-    is removed through its handle, and registrations, listeners and the scan of installed providers
-    are as they were, as is the implementation that was active. The test errs if an implementation
-    of it cannot be removed, or if kernels it installed still serve torch's operators.
+    The test may register, activate and leave active what it likes, here or in torch's own registry.
+    Afterwards its implementation is removed through its handle, and registrations, listeners, the
+    scan of installed providers, what torch's registry lists and what of ``FLASH_ATTENTION_IMPL``
+    was pending are as they were, as is the implementation that was active. The test errs if an
+    implementation of it cannot be removed, if kernels it installed still serve torch's operators,
+    or if another kernel that was registered from Python stands at one of them.
     """
-    from flash_attention_registry import default_registry
+    from flash_attention_testkit._put_back import put_back
 
-    registry = default_registry()
-    before = registry.snapshot()
-    active = registry.current()
-    serving = _serving_kernels()
-    yield registry
-    registry.reset(before)  # a RestoreError leaves it only when the rest has been put back
-    if registry.current() != active:
-        pytest.fail(
-            f"{registry.current()!r} is active after the test, {active!r} was before; something "
-            "activates implementations while the registry is reset, such as a running thread"
-        )
-    left = [
-        f"{kernels.name} on {device_type}"
-        for device_type, kernels in _serving_kernels().items()
-        if active is None and kernels is not serving.get(device_type)
-    ]
-    if left:
-        pytest.fail(
-            f"nothing is active, but torch's attention is still served by {', '.join(left)}; the "
-            "handle that register_fn returned must remove everything that it installed"
-        )
+    with put_back() as registry:
+        yield registry
 
 
-def _serving_kernels() -> dict[str, Any]:
-    """The kernel sets that stand behind torch's operators now, by device type."""
-    if "flash_attention_registry.sdpa" not in sys.modules:  # nothing can be installed
-        return {}
-    from flash_attention_registry.sdpa import installed_kernel_sets
+@pytest.fixture
+def fresh_flash_attention_registry() -> Registry:
+    """A registry of the test's own, in which nothing is registered and nothing installed is seen.
 
-    return dict(installed_kernel_sets())
+    It is not the one on which ``activate_flash_attention_impl`` and its like act.
+    """
+    from flash_attention_registry import Registry
+    from flash_attention_registry.discovery import Discovery
+
+    return Registry(Discovery(prefix="no entry-point group has this name"))
+
+
+@pytest.fixture
+def fake_entry_points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeEntryPoints]:
+    """Lets distributions with entry points appear without installing any; gone after the test."""
+    from flash_attention_testkit.fake_entry_points import FakeEntryPoints
+
+    with FakeEntryPoints(tmp_path_factory.mktemp("fake-entry-points")) as entry_points:
+        yield entry_points
+
+
+@pytest.fixture
+def no_torch() -> Iterator[None]:
+    """In the test ``import torch`` raises ``ModuleNotFoundError``; later all is as it was.
+
+    Modules that have imported torch before the test keep it. That a module is imported without
+    torch is therefore best shown in a process of its own.
+    """
+    from flash_attention_testkit._without_torch import without_torch
+
+    with without_torch():
+        yield

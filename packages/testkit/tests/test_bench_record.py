@@ -1,0 +1,122 @@
+"""A record holds what was measured, a table shows it, and both say what was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flash_attention_testkit.bench.grids import Cell
+from flash_attention_testkit.bench.measure import CellFigures, Figures
+from flash_attention_testkit.bench.record import (
+    geometric_means,
+    read_record,
+    rows_of,
+    skipped_of,
+    write_record,
+)
+from flash_attention_testkit.bench.table import bar, render
+from flash_attention_testkit.bench.timing import Spread
+
+CELL = Cell("forward", 64, 1000, False, 1, 1, 1)  # 0.256 GFLOP
+DECODE = Cell("forward", 64, 1000, False, 1, 1, 1, query_len=1)  # 256 kB
+
+
+def figures(**ms: float) -> CellFigures:
+    found = CellFigures()
+    for name, value in ms.items():
+        spread = Spread(value, value * 0.9, value * 1.1)
+        found.measured[name.replace("_", ":")] = Figures(spread, 12.34, None)
+    return found
+
+
+@pytest.fixture
+def record():
+    found = figures(torch_flash=2.0, torch_cudnn=1.0, mine=0.5)
+    found.skipped["torch:efficient"] = "no such kernel"
+    return {
+        "environment": {"gpu": "a GPU"},
+        "rows": rows_of(CELL, found, {"matmul_tflops": 1.024}),
+        "skipped": skipped_of(CELL, found),
+        "host_us": {"mine": 20.0},
+    }
+
+
+def test_a_row_has_the_fields_of_the_record_format(record) -> None:
+    row = record["rows"][-1]
+    assert row["impl"] == "mine"
+    assert row["ms"] == 0.5
+    assert row["ms_quartiles"] == [0.45, 0.55]
+    assert row["tflops"] == 0.512
+    assert row["gbs"] is None
+    assert row["ratio_to_flash"] == 4.0
+    assert row["ratio_to_cudnn"] == 2.0
+    assert row["ratio_to_native"] is None
+    assert row["share_of_ceiling"] == 0.5
+    fields = {"direction", "head_dim", "seq_len", "causal", "batch", "heads", "kv_heads", "dtype"}
+    assert fields <= row.keys()
+
+
+def test_decoding_is_told_in_bytes_and_shares_the_ceiling_of_a_copy() -> None:
+    (row,) = rows_of(DECODE, figures(mine=1.0), {"matmul_tflops": 1.0, "copy_gbs": 0.512})
+    assert row["gbs"] == 0.256
+    assert row["share_of_ceiling"] == 0.5
+    (row,) = rows_of(DECODE, figures(mine=1.0), {"matmul_tflops": 1.0})
+    assert row["share_of_ceiling"] is None
+
+
+def test_means_are_geometric_and_leave_out_who_is_compared_with_itself(record) -> None:
+    slower = rows_of(CELL, figures(torch_flash=1.0, mine=1.0), {})
+    means = geometric_means([*record["rows"], *slower])
+    found = {(impl, base): (mean, worst) for impl, _, base, mean, worst in means}
+    assert found["mine", "torch:flash"] == (pytest.approx(2.0), 1.0)
+    assert ("torch:flash", "torch:flash") not in found
+
+
+def test_a_written_record_reads_back_the_same(record, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_record(path, record)
+    assert read_record(path) == record
+    assert [one.name for one in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "lacks environment and rows"),
+        (json.dumps({"environment": {}, "rows": [{"impl": "x"}]}), "row 0 lacks"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_record(path)
+
+
+def test_the_table_shows_rows_means_host_times_and_reasons(record) -> None:
+    text = render(record)
+    (mine,) = [line for line in text.splitlines() if line.split()[6:8] == ["mine", "0.5"]]
+    assert mine.split()[7:] == [
+        *("0.5", "0.45-0.55", "0.512", "TF", "4.000", "2.000", "-", "-", "50.0%", "12.3", "-")
+    ]
+    assert "mine forward over torch:flash: geometric mean 4.000, worst 4.000" in text
+    assert "Host time of a small call: mine 20.0 us" in text
+    assert "torch:efficient, 1 cell: no such kernel" in text
+
+
+def test_the_table_shows_records_of_the_older_form() -> None:
+    row = {
+        **{"impl": "mine", "direction": "forward", "head_dim": 64, "seq_len": 1024},
+        **{"causal": True, "batch": 1, "heads": 8, "kv_heads": 2, "ms": 1.0, "tflops": 2.0},
+    }
+    text = render({"environment": {}, "rows": [row]})
+    assert "forward    1  8/2  1024  64  causal  mine" in text
+
+
+def test_the_bar_grows() -> None:
+    assert bar(0, 4, "a", 8) == "[........] 0/4 a"
+    assert bar(3, 4, "b", 8) == "[######..] 3/4 b"
+    assert bar(0, 0, "c", 2) == "[..] 0/0 c"
