@@ -11,6 +11,7 @@ pytest run in this environment imports this package for its plugin.
 - ``SdpaCase``, ``case_grid``, ``legal_cases``: attention problems, one by one, as named sets and as
   a hypothesis strategy.
 - ``make_inputs``, ``SdpaInputs``: their tensors.
+- ``ProviderTests``: the standard tests of a provider, to be subclassed once.
 - ``FakeProvider``, ``FakeHandle``, ``FakeEntryPoints``: providers that install nothing; these need
   no torch.
 """
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         reference_sdpa,
     )
     from flash_attention_testkit.strategies import legal_cases
+    from flash_attention_testkit.suite import ProviderTests
 
     __version__: str
 
@@ -48,6 +50,7 @@ __all__ = [
     "FakeProvider",
     "ParityReport",
     "ParityRule",
+    "ProviderTests",
     "SdpaCase",
     "SdpaInputs",
     "SdpaResult",
@@ -65,6 +68,7 @@ _MODULES = {
     "FakeEntryPoints": "fake_entry_points",
     "FakeHandle": "fakes",
     "FakeProvider": "fakes",
+    "ProviderTests": "suite",
     "SdpaCase": "cases",
     "SdpaInputs": "inputs",
     "case_grid": "cases",

@@ -7,7 +7,8 @@ and torch is imported when a test is marked ``gpu``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,22 @@ if TYPE_CHECKING:
     from flash_attention_registry import Registry
     from flash_attention_testkit.fake_entry_points import FakeEntryPoints
 
-pytest.register_assert_rewrite("flash_attention_testkit.parity")
+pytest.register_assert_rewrite("flash_attention_testkit.parity", "flash_attention_testkit.suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the command line name an implementation to test, and how thoroughly."""
+    group = parser.getgroup("flash-attention", "flash-attention implementations")
+    group.addoption(
+        "--flash-attention-impl",
+        metavar="NAME",
+        help="the implementation that flash_attention_testkit.standalone tests",
+    )
+    group.addoption(
+        "--flash-attention-grid",
+        choices=("quick", "standard", "exhaustive"),
+        help="the cases of ProviderTests (default: quick on a CPU, standard on a GPU)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,13 +45,26 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where they cannot run, and say why."""
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
-    reason = _why_no_gpu() if marked else None
+    reason = why_no_gpu() if marked else None
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _why_no_gpu() -> str | None:
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Expect the tests of a ``ProviderTests`` class to fail that its ``xfails`` names."""
+    report = yield
+    base = sys.modules.get("flash_attention_testkit.suite._base")  # its users have imported it
+    if base is not None and isinstance(collector, pytest.Class) and report.passed:
+        base.expect_failures(collector.obj, report)
+    return report
+
+
+def why_no_gpu() -> str | None:
+    """Why tests marked ``gpu`` cannot run in this process, or None if they can."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -45,6 +74,22 @@ def _why_no_gpu() -> str | None:
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         return "Triton interprets in this process; GPU tests run in their own: pytest -m gpu"
     return None
+
+
+@pytest.fixture
+def provider(request: pytest.FixtureRequest) -> str:
+    """The name of the implementation that ``ProviderTests`` test; to be given by its author.
+
+    Without a fixture of that name beside the class, it is what ``--flash-attention-impl`` says.
+    """
+    name = request.config.getoption("flash_attention_impl")
+    if name is None:
+        raise pytest.UsageError(
+            "ProviderTests need a fixture `provider` that returns the implementation's name, in "
+            "the class, its module or a conftest.py; or name one on the command line: "
+            "--flash-attention-impl NAME"
+        )
+    return str(name)
 
 
 @pytest.fixture
