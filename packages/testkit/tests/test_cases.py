@@ -112,6 +112,17 @@ def test_a_grid_asks_for_nothing_that_is_not_declared(grid: str) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+def test_a_grid_depends_on_no_provider_unless_one_is_named(grid: str) -> None:
+    cases = case_grid(grid)
+
+    assert cases == case_grid(grid, None)
+    assert {case.dtype for case in cases} == {torch.float16, torch.bfloat16}
+    assert {8, 64, 128, 256} <= {case.head_dim for case in cases} <= set(range(8, 257, 8))
+    for features in ({"gqa"}, {"causal", "gqa"}, {"varlen", "window"}, {"causal", "gqa", "varlen"}):
+        assert features in [case.features for case in cases]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_a_grid_has_every_family_layout_dtype_and_extreme_head_dim(grid: str) -> None:
     cases = case_grid(grid, capabilities(*FEATURES))
 
@@ -133,9 +144,27 @@ def test_the_ids_of_a_grid_are_unique_and_repeat(grid: str) -> None:
 
 
 def test_grids_grow() -> None:
-    sizes = [len(case_grid(grid, capabilities(*FEATURES))) for grid in GRIDS]
-    assert sizes == sorted(sizes)
-    assert sizes[0] < 50, "quick is for a CPU"
+    quick, standard, exhaustive = (len(case_grid(grid)) for grid in GRIDS)
+    assert quick < 50, "for a CPU, in Triton's interpreter too"
+    assert 200 < standard < 400, "for minutes on a GPU"
+    assert exhaustive > 10 * standard
+
+
+def test_the_quick_grid_is_small_in_every_case() -> None:
+    for case in case_grid("quick"):
+        scores = case.heads * sum(queries * keys for queries, keys in case.sequences)
+        assert scores <= 4 * 113 * 203, case
+
+
+def test_the_standard_grid_compiles_few_kernels() -> None:
+    compiled = {
+        (
+            *(case.dtype, case.head_dim, case.causal, case.lengths is None),
+            *(case.window_left is None, case.window_right is None, case.heads == case.kv_heads),
+        )
+        for case in case_grid("standard")
+    }
+    assert len(compiled) < 50
 
 
 def test_features_are_what_a_call_asks_for() -> None:
@@ -154,3 +183,5 @@ def test_there_is_no_empty_and_no_other_grid() -> None:
         case_grid("fast", capabilities())
     with pytest.raises(ValueError, match="is empty: the capabilities declare dtypes \\[\\]"):
         case_grid("quick", capabilities(dtypes=[]))
+    with pytest.raises(ValueError, match="and head dims \\[\\]"):
+        case_grid("quick", capabilities(head_dims=[]))

@@ -176,15 +176,20 @@ class SdpaCase:
         return None
 
 
-def case_grid(name: GridName, capabilities: Capabilities) -> tuple[SdpaCase, ...]:
-    """The cases of a grid that a kernel set has declared to serve, each once.
+def case_grid(name: GridName, capabilities: Capabilities | None = None) -> tuple[SdpaCase, ...]:
+    """The cases of a grid, each once: a fixed set, or those that a kernel set declares to serve.
 
-    ``quick`` varies one thing at a time, ``standard`` also crosses lengths, masks and head
-    dimensions, ``exhaustive`` crosses these with groupings and layouts, for every head dimension.
+    ``quick`` varies one thing at a time. ``standard`` also crosses lengths, masks and head
+    dimensions, each head dimension with few masks, because compiling kernels takes longer than
+    running them. ``exhaustive`` crosses these with groupings and layouts, for every head dimension
+    and dtype.
 
     Args:
         name: Which grid.
-        capabilities: What the kernel set declares.
+        capabilities: What a kernel set declares; every case is then one that it has to serve. None
+            for a grid that depends on no kernel set, over bf16 and fp16, head dimensions from 8 to
+            256 and all masks, groupings and layouts; ``SdpaCase.is_declared`` tells which of it a
+            kernel set has to serve and which it has to decline.
 
     Raises:
         ValueError: There is no such grid, or the capabilities leave none of its cases.
@@ -196,24 +201,32 @@ def case_grid(name: GridName, capabilities: Capabilities) -> tuple[SdpaCase, ...
     """
     if name not in _GRIDS:
         raise ValueError(f"there is no case grid {name!r}; choose one of {list(_GRIDS)}")
-    cases = dict.fromkeys(
-        case for case in _GRIDS[name](capabilities) if case.is_declared(capabilities)
-    )
-    if not cases:
+    declared = _USUAL if capabilities is None else capabilities
+    if not declared.dtypes or not declared.head_dims:
         raise ValueError(
             f"case grid {name!r} is empty: the capabilities declare dtypes "
-            f"{sorted(map(str, capabilities.dtypes))} and head dims {list(capabilities.head_dims)}"
+            f"{sorted(map(str, declared.dtypes))} and head dims {list(declared.head_dims)}"
         )
-    return tuple(cases)
+    cases = dict.fromkeys(_GRIDS[name](declared))
+    return tuple(case for case in cases if case.is_declared(declared))
 
 
-_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+_USUAL = Capabilities(
+    device_types=frozenset({"cpu", "cuda"}),
+    dtypes=frozenset({torch.bfloat16, torch.float16}),
+    head_dims=range(8, 257, 8),
+    features=frozenset({"backward", "causal", "gqa", "varlen", "window"}),
+    deterministic="always",
+)
+"""What the flash-attention kernels at hand serve between them."""
+
+_SHAPES: dict[GridName, tuple[tuple[int, int], ...]] = {
     # One row, one key, whole blocks, ragged blocks, more rows than keys.
-    "quick": ((1, 1), (1, 65), (64, 64), (113, 203), (150, 97)),
-    "standard": ((1, 1), (1, 257), (64, 128), (113, 203), (203, 113), (512, 512), (1000, 1024)),
+    "quick": ((1, 1), (1, 130), (128, 128), (113, 203), (150, 97)),
+    "standard": ((1, 1), (1, 1030), (64, 128), (113, 203), (203, 113), (512, 512), (1000, 2048)),
     "exhaustive": (
         *((1, 1), (1, 257), (2, 1024), (17, 17), (64, 128), (65, 63), (113, 203), (203, 113)),
-        *((512, 512), (1000, 1024), (1024, 1000), (2048, 2048)),
+        *((512, 512), (1000, 1024), (1024, 1000), (4096, 4096)),
     ),
 }
 
@@ -232,47 +245,61 @@ _GROUPS = ((2, 2), (4, 2), (3, 1))
 _PACKED = ((33, 65), (0, 4), (1, 97), (70, 70), (5, 0))
 """Packed sequences: ragged, without queries, one query, as long, without keys."""
 
-_TYPICAL_HEAD_DIMS = (40, 64, 80, 128, 192, 256)
+_TYPICAL_HEAD_DIMS = (40, 64, 80, 96, 128, 192)
+"""Beside the smallest and the largest: powers of two and what lies between them."""
 
 
 def _quick(capabilities: Capabilities) -> Iterator[SdpaCase]:
-    head_dim = _nearest(64, capabilities)
-    for place, dtype in enumerate(_dtypes(capabilities)):
-        base = SdpaCase(1, 2, 2, 113, 203, head_dim, dtype)
-        if place == 0:
-            yield from _product(base, _SHAPES["quick"], _MASKS[:2])
-            yield from _one_at_a_time(base)
-            yield from (replace(base, **mask) for mask in _MASKS)
-            yield replace(base, head_dim=min(capabilities.head_dims), causal=True)
-        else:  # what depends on the dtype
-            yield from _product(base, _SHAPES["quick"][3:], _MASKS[:2])
-            yield replace(base, family="std-3")
+    first, *others = _dtypes(capabilities)
+    base = SdpaCase(1, 2, 2, 113, 203, _nearest(64, capabilities), first)
+    yield from _product(base, _SHAPES["quick"], _MASKS[:2])
+    yield from _one_at_a_time(base)
+    yield replace(base, causal=True, family="one-hot-values")
+    yield from (replace(base, **mask) for mask in _MASKS[2:])
+    grouped = replace(base, heads=4, causal=True)
+    yield grouped
+    yield replace(grouped, window_left=30, seq_q=65, seq_k=97)
+    yield _packed(grouped)
+    yield replace(_packed(base), window_left=9, window_right=70)
+    for head_dim in sorted({*_ends(capabilities), _nearest(128, capabilities)}):
+        yield replace(base, seq_q=65, seq_k=97, head_dim=head_dim)
+    for dtype in others:  # what depends on the dtype
+        other = replace(base, dtype=dtype)
+        yield from (replace(other, **mask) for mask in _MASKS[:2])
+        yield replace(other, family="std-3")
+        yield replace(other, family="peaked")
 
 
 def _standard(capabilities: Capabilities) -> Iterator[SdpaCase]:
-    ends = (min(capabilities.head_dims), max(capabilities.head_dims))
-    for dtype, head_dim in product(_dtypes(capabilities), sorted({*ends, *_TYPICAL_HEAD_DIMS})):
-        base = SdpaCase(1, 2, 2, 113, 203, head_dim, dtype)
-        yield from _product(base, _SHAPES["standard"], _MASKS[:4])
-    for dtype in _dtypes(capabilities):
-        base = SdpaCase(2, 4, 2, 203, 333, _nearest(64, capabilities), dtype)
-        for variant in _MASKS:
-            yield from _one_at_a_time(replace(base, **variant))
-            # The same for kernel sets that take no grouped heads.
-            yield from _one_at_a_time(replace(base, kv_heads=4, **variant))
+    dtypes = _dtypes(capabilities)
+    head_dims = {_nearest(head_dim, capabilities) for head_dim in _TYPICAL_HEAD_DIMS}
+    for place, head_dim in enumerate(sorted({*_ends(capabilities), *head_dims})):
+        for turn, dtype in enumerate(dtypes):
+            # One dtype causal and the next one not, and the other way round in the next head_dim.
+            base = SdpaCase(1, 2, 2, 113, 203, head_dim, dtype)
+            yield from _product(base, _SHAPES["standard"], (_MASKS[(place + turn) % 2],))
+        grouped = SdpaCase(1, 4, 2, 113, 203, head_dim, dtypes[place % len(dtypes)])
+        yield _packed(replace(grouped, causal=True))
+    base = SdpaCase(2, 2, 2, 203, 333, _nearest(64, capabilities), dtypes[0])
+    for mask in _MASKS:
+        yield from _one_at_a_time(replace(base, **mask))
+    other = replace(base, head_dim=_nearest(128, capabilities), dtype=dtypes[-1])
+    for mask in _MASKS[1:4:2]:
+        yield from _one_at_a_time(replace(other, **mask))
 
 
 def _exhaustive(capabilities: Capabilities) -> Iterator[SdpaCase]:
     yield from _standard(capabilities)
     for dtype, head_dim in product(_dtypes(capabilities), sorted(capabilities.head_dims)):
+        base = SdpaCase(2, 2, 2, 113, 203, head_dim, dtype)
         for heads, kv_heads in _GROUPS:
-            base = SdpaCase(2, heads, kv_heads, 113, 203, head_dim, dtype)
-            yield from _product(base, _SHAPES["exhaustive"], _MASKS)
-            for mask in _MASKS:
-                yield from _one_at_a_time(replace(base, **mask))
+            grouped = replace(base, heads=heads, kv_heads=kv_heads)
+            yield from _product(grouped, _SHAPES["exhaustive"], _MASKS)
+        for mask in _MASKS:
+            yield from _one_at_a_time(replace(base, **mask))
 
 
-_GRIDS: dict[str, Callable[[Capabilities], Iterator[SdpaCase]]] = {
+_GRIDS: dict[GridName, Callable[[Capabilities], Iterator[SdpaCase]]] = {
     "quick": _quick,
     "standard": _standard,
     "exhaustive": _exhaustive,
@@ -289,30 +316,37 @@ def _product(
 def _one_at_a_time(base: SdpaCase) -> Iterator[SdpaCase]:
     """Every family, layout, grouping and scale, and packed sequences, each beside the base."""
     yield base
-    yield replace(base, batch=base.batch + 1)
     for family in get_args(Family):
         if family != "masked-rows":
             yield replace(base, family=family)
-        elif base.causal or base.window_right is not None:
-            yield replace(base, seq_q=base.seq_k, seq_k=base.seq_q, family=family)
-    # Rows without a key also where only the other masks are in the grid.
-    yield replace(base, seq_q=150, seq_k=97, causal=True, window_right=None, family="masked-rows")
+    masks: dict[str, Any] = {}  # rows see no key only where something hides later ones
+    if not base.causal and base.window_right is None:
+        masks = {"causal": True}
+    yield replace(base, seq_q=base.seq_k, seq_k=base.seq_q, family="masked-rows", **masks)
     for layout in get_args(Layout):
-        rows = base.seq_k if layout == "packed QKV slice" else base.seq_q
-        yield replace(base, batch=2, seq_q=rows, layout=layout)
+        keys = base.seq_q if layout == "packed QKV slice" else base.seq_k
+        yield replace(base, batch=2, seq_k=keys, layout=layout)
     for heads, kv_heads in _GROUPS:
         yield replace(base, heads=heads, kv_heads=kv_heads)
     for scale in (0.0, -0.2, 0.5):
         yield replace(base, scale=scale)
-    packed = replace(base, batch=len(_PACKED), seq_q=70, seq_k=97, lengths=_PACKED)
-    yield packed
-    same = tuple((keys, keys) for _, keys in _PACKED)
-    yield replace(packed, seq_q=97, lengths=same, layout="packed QKV slice")
+    yield _packed(base)
+    same = tuple((rows, rows) for rows, _ in _PACKED)
+    yield replace(_packed(base), seq_k=70, lengths=same, layout="packed QKV slice")
+
+
+def _packed(base: SdpaCase) -> SdpaCase:
+    queries, keys = (max(side) for side in zip(*_PACKED, strict=True))
+    return replace(base, batch=len(_PACKED), seq_q=queries, seq_k=keys, lengths=_PACKED)
 
 
 def _dtypes(capabilities: Capabilities) -> list[torch.dtype]:
     """The declared dtypes; first the one that rounds most, whose errors show most."""
     return sorted(capabilities.dtypes, key=lambda dtype: (-torch.finfo(dtype).eps, str(dtype)))
+
+
+def _ends(capabilities: Capabilities) -> tuple[int, int]:
+    return min(capabilities.head_dims), max(capabilities.head_dims)
 
 
 def _nearest(head_dim: int, capabilities: Capabilities) -> int:
