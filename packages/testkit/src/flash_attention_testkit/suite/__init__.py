@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from flash_attention_testkit.suite._base import ProviderTestsBase
+from flash_attention_testkit.suite.contract import ContractTests
 
 __all__ = ["ProviderTests"]
 
 
-class ProviderTests(ProviderTestsBase):
+class ProviderTests(ContractTests, ProviderTestsBase):
     """The standard tests of a provider."""

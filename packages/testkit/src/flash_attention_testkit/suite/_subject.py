@@ -18,7 +18,7 @@ from flash_attention_registry.sdpa import (
 )
 from flash_attention_registry.sdpa.checks import normalised_window
 from flash_attention_testkit.cases import SdpaCase
-from flash_attention_testkit.inputs import SdpaInputs
+from flash_attention_testkit.inputs import SdpaInputs, make_inputs
 from flash_attention_testkit.reference import AttentionOptions, SdpaResult
 
 if TYPE_CHECKING:
@@ -121,6 +121,29 @@ def run_kernels(subject: Subject, inputs: SdpaInputs, *, grads: bool = True) -> 
         return SdpaResult(
             out, lse, *subject.kernel_set.backward(backward_call, inputs.grad_out, out, lse)
         )
+
+
+def usual_form(subject: Subject) -> tuple[int, torch.dtype]:
+    """A head_dim and a dtype that the subject declares; near 64, and bf16 if that is among them."""
+    declared = subject.capabilities
+    preference = (torch.bfloat16, torch.float16, torch.float32)
+    dtype = next((dtype for dtype in preference if dtype in declared.dtypes), None)
+    if dtype is None:
+        dtype = min(declared.dtypes, key=str)
+    return min(declared.head_dims, key=lambda dim: (abs(dim - 64), dim)), dtype
+
+
+def plain_inputs(subject: Subject, *, rows: int = 33) -> SdpaInputs:
+    """What every kernel set has to serve: a dense batch, no mask, as many heads for all."""
+    case = SdpaCase(2, 2, 2, rows, rows, *usual_form(subject))
+    return make_inputs(case, 0, subject.device)
+
+
+def assert_serves(subject: Subject) -> None:
+    """Insist that a plain call through torch reaches the kernel set, whatever it returns."""
+    __tracebackhide__ = True
+    inputs = plain_inputs(subject)
+    run_sdpa(subject, inputs.query, inputs.key, inputs.value)
 
 
 def can_run_sdpa(subject: Subject, case: SdpaCase) -> bool:
