@@ -19,21 +19,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from flash_attention_testkit._blocks import Blocks
-from flash_attention_testkit._compare import compare, compare_lse, largest_of
-from flash_attention_testkit._luck import Luck, luck_of_delta
-from flash_attention_testkit._problem import pack
+from flash_attention_testkit._references import References
 from flash_attention_testkit._report import ParityReport, TensorParity
 from flash_attention_testkit._rule import DEFAULT_RULE, ParityRule
-from flash_attention_testkit.reference import (
-    AttentionOptions,
-    SdpaResult,
-    faithful_sdpa,
-    reference_sdpa,
-)
+from flash_attention_testkit.reference import AttentionOptions, SdpaResult
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # torch depends on it; typing has it from Python 3.11 on
@@ -144,44 +135,6 @@ def measure_sdpa_parity(
             f"{label}: actual has {', '.join(given)}, but there is no grad_out to check them with; "
             "pass the gradient that out was differentiated with"
         )
-    exact = reference_sdpa(query, key, value, grad_out=grad_out, **options)
-    faithful = faithful_sdpa(query, key, value, grad_out=grad_out, **options)
-    luck: dict[str, Luck] = {}
-    if grad_out is not None:
-        luck = luck_of_delta(query, key, value, grad_out, exact, **options)
-    spans = pack(query, key, value, grad_out, **options).spans
-    rows, keys = (Blocks.of([span[side] for span in spans], query.device) for side in (0, 1))
-    noise = 2 * torch.finfo(torch.float32).eps * _largest_score(query, key, options.get("scale"))
-    tensors: list[TensorParity] = []
-    for name in names:
-        found, truth, near = (getattr(result, name) for result in (actual, exact, faithful))
-        problem = _form_problem(found, near)
-        if problem is not None:
-            tensors.append(TensorParity(name, problems=(problem,)))
-        elif name == "lse":
-            tensors.append(compare_lse(found, truth, near, rule.lse_tolerance, noise, empty_lse))
-        else:
-            blocks = keys if name in ("dk", "dv") else rows
-            tensors.append(compare(name, found, truth, near, rule, blocks, luck.get(name)))
+    references = References.of(query, key, value, grad_out=grad_out, **options)
+    tensors = (references.compare(name, getattr(actual, name), rule, empty_lse) for name in names)
     return ParityReport(str(label), tuple(tensors))
-
-
-def _form_problem(actual: Tensor | None, faithful: Tensor) -> str | None:
-    """What is wrong with a tensor before one looks at its values."""
-    if actual is None:
-        return "is missing, though grad_out was given"
-    if actual.shape != faithful.shape:
-        return f"has shape {list(actual.shape)}, but should have {list(faithful.shape)}"
-    if actual.dtype != faithful.dtype:
-        return f"is {actual.dtype}, but should be {faithful.dtype}"
-    if actual.device != faithful.device:
-        return f"is on {actual.device}, but should be on {faithful.device}"
-    return None
-
-
-def _largest_score(query: Tensor, key: Tensor, scale: float | None) -> float:
-    """The largest score, scaled, that the norms of these queries and keys allow."""
-    factor = query.shape[-1] ** -0.5 if scale is None else abs(scale)
-    norms = (torch.linalg.vector_norm(tensor.double(), dim=-1) for tensor in (query, key))
-    largest = [largest_of(torch.where(norm.isfinite(), norm, 0.0)) for norm in norms]
-    return factor * largest[0] * largest[1]
