@@ -16,16 +16,60 @@ class FlashStyle:
     """Blocked attention in fp32 with an online softmax in base 2, as kernels compute it.
 
     Independent of the references: other loops, other accumulation order, other exponentials.
-    ``bug`` plants one fault; None is correct. Layout ``[B, S, H, D]``.
+    ``bug`` plants one fault; None is correct. ``noise`` is the relative error of its exponentials,
+    as GPUs approximate them. Layouts ``[B, S, H, D]``, and ``[T, H, D]`` with offsets.
     """
 
-    def __init__(self, bug: str | None = None, block: int = 32, reverse: bool = False) -> None:
-        self.bug, self.block, self.reverse = bug, block, reverse
+    def __init__(
+        self, bug: str | None = None, block: int = 32, reverse: bool = False, noise: float = 0.0
+    ) -> None:
+        self.bug, self.block, self.reverse, self.noise = bug, block, reverse, noise
 
     def __call__(
-        self, query, key, value, *, grad_out=None, causal=False, window_left=None, scale=None
+        self,
+        query,
+        key,
+        value,
+        *,
+        grad_out=None,
+        cu_seqlens_query=None,
+        cu_seqlens_key=None,
+        **options,
     ):
-        self.dtype, self.causal, self.window_left = query.dtype, causal, window_left
+        if cu_seqlens_query is None:
+            return self.dense(query, key, value, grad_out, **options)
+        rows, keys = (edges.diff().tolist() for edges in (cu_seqlens_query, cu_seqlens_key))
+        parts = [
+            tensor.split(lengths)
+            for tensor, lengths in ((query, rows), (key, keys), (value, keys), (grad_out, rows))
+        ]
+        results = [
+            self.dense(*(part[None] for part in sequence), **options)
+            for sequence in zip(*parts, strict=True)
+        ]
+        return SdpaResult(
+            **{
+                name: torch.cat(
+                    [getattr(result, name)[0] for result in results], int(name == "lse")
+                )
+                for name in ("out", "lse", "dq", "dk", "dv")
+            }
+        )
+
+    def dense(
+        self,
+        query,
+        key,
+        value,
+        grad_out=None,
+        *,
+        causal=False,
+        window_left=None,
+        window_right=None,
+        scale=None,
+    ):
+        self.dtype, self.window_left = query.dtype, window_left
+        self.window_right = 0 if causal else window_right
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self.bug == "scale 1 % off":
             self.scale *= 1.01
@@ -77,8 +121,8 @@ class FlashStyle:
         seen = (column < self.keys).expand(self.queries, -1)
         if self.bug == "keys beyond the end":
             seen = torch.ones_like(seen)
-        if self.causal:
-            seen = seen & (column <= row)
+        if self.window_right is not None:
+            seen = seen & (column <= row + self.window_right)
         if self.window_left is not None:
             reach = self.window_left + (self.bug == "window off by one")
             seen = seen & (column >= row - reach)
@@ -91,15 +135,19 @@ class FlashStyle:
             scores = scores.to(self.dtype).float()
         return (scores * (self.scale * LOG2_E)).masked_fill(~self.visible(start), float("-inf"))
 
+    def exp2(self, x):
+        exact = torch.exp2(x)
+        return exact * (1 + self.noise * torch.rand_like(x).mul(2).sub(1)) if self.noise else exact
+
     def forward(self, query, key, value):
         top = query.new_full((*query.shape[:3], 1), float("-inf"))
-        total, acc = torch.zeros_like(top), torch.zeros_like(query[..., :1] * value[0, 0, 0])
+        total, acc = torch.zeros_like(top), query.new_zeros(*query.shape[:3], value.shape[-1])
         for start in self.blocks():
             scores = self.scores(query, key, start)
             new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
             shift = torch.where(new_top.isneginf(), 0.0, new_top)
-            alpha = torch.exp2(top - shift)
-            weights = torch.exp2(scores - shift)
+            alpha = self.exp2(top - shift)
+            weights = self.exp2(scores - shift)
             total = total * alpha + weights.sum(-1, keepdim=True)
             if self.bug != "no rescale":
                 acc = acc * alpha
@@ -119,7 +167,7 @@ class FlashStyle:
         for start in self.blocks():
             rows = slice(start, min(start + self.block, self.keys))
             count = rows.stop - rows.start
-            weights = torch.exp2(self.scores(query, key, start) - lse)
+            weights = self.exp2(self.scores(query, key, start) - lse)
             stored = weights.to(self.dtype).float()
             dv[:, :, rows] = (stored.mT @ grad_out)[:, :, :count]
             grad_weights = grad_out @ self.load(value, start).mT
