@@ -21,9 +21,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flash_attention_testkit.cases import SdpaCase, case_grid
+    from flash_attention_testkit.cases import SdpaCase
     from flash_attention_testkit.fake_entry_points import FakeEntryPoints
     from flash_attention_testkit.fakes import FakeHandle, FakeProvider
+    from flash_attention_testkit.grids import case_grid
     from flash_attention_testkit.inputs import SdpaInputs, make_inputs
     from flash_attention_testkit.parity import (
         ParityReport,
@@ -71,7 +72,7 @@ _MODULES = {
     "ProviderTests": "suite",
     "SdpaCase": "cases",
     "SdpaInputs": "inputs",
-    "case_grid": "cases",
+    "case_grid": "grids",
     "legal_cases": "strategies",
     "make_inputs": "inputs",
     "AttentionOptions": "reference",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from flash_attention_testkit.cases import Family, Layout, SdpaCase
+from flash_attention_testkit.grids import USUAL_CAPABILITIES
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
 
 
 def legal_cases(
-    capabilities: Capabilities, *, longest: int = 200, most_heads: int = 4
+    capabilities: Capabilities | None = None, *, longest: int = 200, most_heads: int = 4
 ) -> SearchStrategy[SdpaCase]:
     """A strategy of the cases that a kernel set has declared to serve; it shrinks to small ones.
 
     Args:
-        capabilities: What the kernel set declares.
+        capabilities: What the kernel set declares. None for what flash-attention kernels usually
+            serve, as in ``case_grid``.
         longest: The largest number of rows or keys of a sequence.
         most_heads: The largest number of query heads.
 
@@ -33,9 +35,10 @@ def legal_cases(
             "install it with: pip install hypothesis",
             name="hypothesis",
         ) from error
-    features = capabilities.features
-    dtypes = sorted(capabilities.dtypes, key=str)
-    head_dims = sorted(capabilities.head_dims)
+    declared = USUAL_CAPABILITIES if capabilities is None else capabilities
+    features = declared.features
+    dtypes = sorted(declared.dtypes, key=str)
+    head_dims = sorted(declared.head_dims)
 
     def asked(draw: DrawFn, feature: Any) -> bool:
         return feature in features and draw(st.booleans())

@@ -11,7 +11,7 @@ import torch
 from flash_attention_registry import ImplUnavailableError, Registry
 from flash_attention_registry.environment import DISABLE, IMPL, STRICT
 from flash_attention_registry.sdpa import installed_kernel_sets, reset_dispatch_counts
-from flash_attention_testkit.cases import GridName, case_grid
+from flash_attention_testkit.grids import GridName, case_grid
 from flash_attention_testkit.plugin import why_no_gpu
 from flash_attention_testkit.suite._subject import Subject
 
