@@ -64,7 +64,7 @@ def call_of(inputs: SdpaInputs, *, out: Tensor | None = None) -> AttentionCall:
     longest_query = longest_key = 0
     seq_lens = query.shape[1], key.shape[1]
     if edges_query is not None and edges_key is not None:
-        longest_query, longest_key = _longest(edges_query), _longest(edges_key)
+        longest_query, longest_key = longest_of(edges_query), longest_of(edges_key)
         seq_lens = longest_query, longest_key
     causal, window_left, window_right = normalised_window(
         options.get("causal", False),
@@ -254,7 +254,12 @@ def _through_sdpa(
         ).transpose(1, 2)
     if grad_out is None:
         return SdpaResult(out)
-    return SdpaResult(out.detach(), None, *torch.autograd.grad(out, leaves, grad_out))
+    return SdpaResult(out.detach(), None, *gradients(out, leaves, grad_out))
+
+
+def gradients(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
+    """``torch.autograd.grad(out, leaves, grad_out)``, which imports SymPy, for seconds."""
+    return torch.autograd.grad((out * grad_out).sum(), leaves)
 
 
 def _through_flash_ops(
@@ -264,7 +269,7 @@ def _through_flash_ops(
     if edges[0] is None or edges[1] is None:
         longest = query.shape[1], key.shape[1]
     else:
-        longest = _longest(edges[0]), _longest(edges[1])
+        longest = longest_of(edges[0]), longest_of(edges[1])
     causal = options.get("causal", False)
     keywords = {
         "scale": options.get("scale"),
@@ -285,6 +290,6 @@ def _through_flash_ops(
     return SdpaResult(out, lse, *grads)
 
 
-def _longest(edges: Tensor) -> int:
+def longest_of(edges: Tensor) -> int:
     """The longest of the sequences between these offsets."""
     return int(edges.diff().max())
