@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -78,7 +79,7 @@ def _add_worst_block(
     if error.numel() == 0:
         return whole
     worst = (error / limit).argmax()
-    block, head = (int(place) for place in torch.unravel_index(worst, error.shape))
+    block, head = place_of(int(worst), error.shape)
     what = "keys" if whole.name in ("dk", "dv") else "rows"
     return replace(
         whole,
@@ -147,7 +148,7 @@ def _describe(
         return TensorParity(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, problems=problems)
     # Relative to the limit; the smallest float stands in for a limit of zero.
     share = error / max_limit.clamp(min=torch.finfo(torch.float64).tiny)
-    worst = tuple(int(place) for place in torch.unravel_index(share.argmax(), error.shape))
+    worst = place_of(int(share.argmax()), error.shape)
     return TensorParity(
         name,
         max_error=float(error[worst]),
@@ -193,6 +194,15 @@ def _finiteness_problems(
 def _first(mask: Tensor) -> tuple[list[int], str]:
     places = mask.nonzero()
     return places[0].tolist(), f"{len(places)} of {mask.numel()}"
+
+
+def place_of(number: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The index of an element by its number; `torch.unravel_index` would import sympy for it."""
+    place: list[int] = []
+    for size in reversed(shape):
+        number, rest = divmod(number, size)
+        place.insert(0, rest)
+    return tuple(place)
 
 
 def largest_of(values: Tensor) -> float:

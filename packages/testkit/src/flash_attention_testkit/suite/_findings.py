@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_attention_testkit._compare import place_of
 from flash_attention_testkit._references import References
 from flash_attention_testkit.cases import SdpaCase
 from flash_attention_testkit.inputs import SdpaInputs, make_inputs
@@ -148,9 +149,5 @@ def assert_same(
             f"{name} is not what the same kernel set gives for the same problem otherwise: it "
             f"differs by max {largest:.3e}, rms {rms:.3e}; two right results may differ by max "
             f"{2 * limits.max_limit:.3e}, rms {2 * limits.rms_limit:.3e}. The largest difference "
-            f"is at {_where(distance)}"
+            f"is at {list(place_of(int(distance.argmax()), distance.shape))}"
         )
-
-
-def _where(distance: Tensor) -> list[int]:
-    return [int(place) for place in torch.unravel_index(distance.argmax(), distance.shape)]
