@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import re
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
+from flash_attention_testkit.bench.markdown import markdown, with_table
+from flash_attention_testkit.bench.record import fingerprint, read_record
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
+RECORDS = sorted((BENCHMARKS / "results").glob("*.json"))
+FIGURES = sorted([*BENCHMARKS.glob("*.svg"), *BENCHMARKS.glob("*.png")])
 PAGES = {"nvidia-h200-fa4-triton.json": ROOT / "docs/kernels/fa4-triton-portable.md"}
+FINGERPRINT = re.compile(rb"([\w.-]+\.json) sha256:([0-9a-f]{64})")
 
 
-@pytest.fixture(scope="module")
-def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("table", BENCHMARKS / "table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def record(name: str) -> dict[str, Any]:
+    return read_record(BENCHMARKS / "results" / name)
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_shows_its_record(table: ModuleType, name: str) -> None:
-    record = json.loads((BENCHMARKS / "results" / name).read_text())
-    page = PAGES[name].read_text()
-    assert table.replaced(page, table.render(record, name)) == page, (
-        f"run docs/benchmarks/table.py for {PAGES[name].name}"
+def test_a_page_shows_its_record(name: str) -> None:
+    page = PAGES[name].read_text(encoding="utf-8")
+    source = f"docs/benchmarks/results/{name}"
+    assert with_table(page, markdown(record(name), source)) == page, (
+        f"run: flash-attention-bench table {source} --into {PAGES[name].relative_to(ROOT)}"
     )
 
 
-@pytest.mark.parametrize(
-    "path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.name)
+def test_a_figure_shows_a_record_as_it_is_now(path: Path) -> None:
+    shown = FINGERPRINT.findall(path.read_bytes())
+    assert shown, f"{path.name} does not say of which record it is: draw it again"
+    for name, drawn in shown:
+        assert fingerprint(record(name.decode())).encode() == drawn, (
+            f"{name.decode()} has changed since {path.name} was drawn: draw it again"
+        )
+
+
+def test_every_figure_is_on_a_page() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    assert FIGURES
+    assert [path.name for path in FIGURES if f"benchmarks/{path.name}" not in pages] == []
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
 def test_a_record_says_where_and_on_what_it_was_measured(path: Path) -> None:
-    environment = json.loads(path.read_text())["environment"]
+    environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
     for field in ("gpu", "torch", "cuda", "cudnn", "triton", "git_commit", "date"):
         assert environment[field], field
 
 
-def test_a_page_without_markers_is_refused(table: ModuleType) -> None:
-    with pytest.raises(ValueError, match="lacks the markers"):
-        table.replaced("# a page", "a table")
-
-
 def test_the_bars_of_the_portable_kernels_are_met() -> None:
     """What the notebook promises: faster than FlashAttention-2, and nowhere much slower."""
-    rows = json.loads((BENCHMARKS / "results" / "nvidia-h200-fa4-triton.json").read_text())["rows"]
+    rows = record("nvidia-h200-fa4-triton.json")["rows"]
     for direction, mean, worst in (("forward", 1.2, 0.98), ("backward", 1.05, 0.95)):
         ratios = [
             row["ratio_to_flash"]

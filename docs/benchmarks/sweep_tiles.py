@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import TOKENS, WIDTH, environment, milliseconds
 from torch import Tensor
 
 from fa4_triton.kernels.backward import dkdv_kernel, dq_kernel
@@ -32,6 +31,9 @@ from fa4_triton.kernels.forward import forward_kernel
 from fa4_triton.launch import Variant
 from fa4_triton.plan import Device, Request, plan_key_gradients, plan_queries
 from fa4_triton.tiles import Kernel, Tile, architecture
+from flash_attention_testkit.bench.environment import environment
+from flash_attention_testkit.bench.grids import TOKENS, WIDTH
+from flash_attention_testkit.bench.timing import Clock, CudaClock
 
 LOG2_E = math.log2(math.e)
 SHAPES = [(m, n) for m in (32, 64, 128) for n in (32, 64, 128) if m * n >= 2048]
@@ -167,7 +169,7 @@ def compile_one(job: tuple[Kernel, int, Tile]) -> str | None:
 
 
 def time_all(
-    problem: Problem, jobs: list[tuple[Kernel, int, Tile]], rounds: int
+    problem: Problem, jobs: list[tuple[Kernel, int, Tile]], rounds: int, clock: Clock
 ) -> Iterator[dict[str, Any]]:
     """One row for each candidate that is right."""
     inputs = Inputs(problem)
@@ -185,7 +187,7 @@ def time_all(
     for turn in range(rounds):
         first = turn * len(names) // rounds
         for name in names[first:] + names[:first]:
-            times[name].append(milliseconds(runs[name], 4))
+            times[name].append(clock.turn(runs[name], 5).ms)
     taken = {name: statistics.median(values) for name, values in times.items()}
     for name in names:
         if isinstance(name, str):
@@ -217,13 +219,14 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         failures = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
     jobs = [job for job in jobs if failures[job] is None]
+    clock = CudaClock()
     rows: list[dict[str, Any]] = []
     for head_dim, kernels in KERNELS.items():
         mine = [job for job in jobs if job[1] == head_dim]
         for seq_len in (1024, 4096):
             for causal in (False, True):
                 problem = Problem(head_dim, seq_len, causal)
-                rows += time_all(problem, mine, options.rounds)
+                rows += time_all(problem, mine, options.rounds, clock)
                 for kernel in kernels:
                     best = sorted(
                         (row["share"], row["m"], row["n"], row["warps"], row["stages"])
@@ -234,7 +237,7 @@ def main() -> None:
                     )
                     print(f"{problem} {kernel}: {best[:4]}", flush=True)
     record = {
-        "environment": environment(options.commit),
+        "environment": environment("cuda", options.commit, ["fa4-triton"]),
         "failures": [
             {"kernel": kernel, "head_dim": head_dim, **asdict(shape), "reason": reason}
             for (kernel, head_dim, shape), reason in failures.items()

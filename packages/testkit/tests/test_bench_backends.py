@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from flash_attention_registry.sdpa import Capabilities, install
-from flash_attention_testkit.bench.backends import operation, running_on
+from flash_attention_testkit.bench.backends import (
+    NotMeasuredError,
+    StaysInstalledError,
+    make_inputs,
+    operation,
+    running_on,
+    why,
+)
 from flash_attention_testkit.bench.grids import Cell
 from flash_attention_testkit.bench.measure import measure_cell
 from flash_attention_testkit.bench.timing import HostClock
@@ -38,6 +47,15 @@ class Zeros:
         return tuple(torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other take long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def zeros(flash_attention_registry_reset):
     flash_attention_registry_reset.register("zeros", register_fn=lambda: install(Zeros(), "cpu"))
@@ -45,8 +63,8 @@ def zeros(flash_attention_registry_reset):
 
 
 def result(cell: Cell, name: str) -> torch.Tensor:
-    with running_on(name):
-        out = operation(cell, name, "cpu")()
+    with running_on(name, "cpu"):
+        out = operation(cell, make_inputs(cell, "cpu"), name)()
     return out if cell.direction == "forward" else torch.stack([*out])
 
 
@@ -63,7 +81,7 @@ def test_native_is_torchs_own_kernel_whatever_is_active(zeros, cell: Cell) -> No
 
 def test_every_contestant_gets_figures_or_a_reason(zeros) -> None:
     names = ["native", "torch:flash", "torch:cudnn", "zeros", "missing"]
-    found = measure_cell(CELL, names, 2, "cpu", HostClock())
+    found = measure_cell(CELL, names, 0.0, "cpu", HostClock())
     assert set(found.measured) == {"native", "torch:flash", "zeros"}
     assert "No viable backend" in found.skipped["torch:cudnn"]
     assert "Unknown flash attention impl 'missing'" in found.skipped["missing"]
@@ -72,13 +90,65 @@ def test_every_contestant_gets_figures_or_a_reason(zeros) -> None:
 
 def test_a_call_that_torchs_kernel_runs_instead_is_not_measured(zeros) -> None:
     wide = Cell("forward", 64, 16, True, 1, 2, 2)
-    found = measure_cell(wide, ["native", "zeros"], 1, "cpu", HostClock())
+    found = measure_cell(wide, ["native", "zeros"], 0.0, "cpu", HostClock())
     assert set(found.measured) == {"native"}
     assert "runs on torch's own kernel: " in found.skipped["zeros"]
     assert "head" in found.skipped["zeros"]
 
 
+class Tiring(Zeros):
+    """Serves a few calls, and fails from then on: torch's kernels run in its place."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def forward(self, call):
+        self.calls -= 1
+        if self.calls < 0:
+            raise RuntimeError("tired")
+        return super().forward(call)
+
+
+def test_who_fails_in_the_middle_is_not_measured_as_if_it_had_run(
+    flash_attention_registry_reset,
+) -> None:
+    kernels = Tiring(5)
+    flash_attention_registry_reset.register("tiring", register_fn=lambda: install(kernels, "cpu"))
+    with pytest.warns(RuntimeWarning, match="tired"):
+        found = measure_cell(CELL, ["native", "tiring"], 0.0, "cpu", HostClock())
+    assert set(found.measured) == {"native"}
+    assert "kernel raised RuntimeError" in found.skipped["tiring"]
+
+
+def test_a_call_that_reaches_no_kernel_of_an_implementation_is_told(zeros) -> None:
+    with pytest.raises(NotMeasuredError, match="a backend that no implementation"):  # noqa: SIM117
+        with running_on("zeros", "cpu"):
+            torch.zeros(1)
+
+
+def test_what_cannot_be_taken_away_again_ends_the_run(flash_attention_registry_reset) -> None:
+    flash_attention_registry_reset.register("stays", register_fn=lambda: None)
+    with pytest.raises(StaysInstalledError, match="stays cannot be compared with anything"):
+        measure_cell(CELL, ["native", "stays"], 0.0, "cpu", HostClock())
+
+
 def test_packed_sequences_say_why_the_cpu_cannot_run_them() -> None:
     packed = Cell("forward", 32, 16, True, 2, 2, 2, seq_lens=(4, 16))
-    found = measure_cell(packed, ["native"], 1, "cpu", HostClock())
+    found = measure_cell(packed, ["native"], 0.0, "cpu", HostClock())
     assert found.skipped == {"native": "torch has no attention for packed sequences on the CPU"}
+
+
+def test_inputs_that_do_not_fit_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(torch, "randn", full)
+    found = measure_cell(CELL, ["native"], 0.0, "cpu", HostClock())
+    (reason,) = found.skipped.values()
+    assert reason.startswith("its inputs cannot be made: out of memory")
+    assert "Tried to allocate 9 GiB" in reason
+
+
+def test_a_reason_is_one_line_and_names_the_error() -> None:
+    assert why(RuntimeError("two\nlines")) == "RuntimeError: two lines"
+    assert why(NotMeasuredError("a reason")) == "a reason"

@@ -10,7 +10,8 @@ import pytest
 from flash_attention_testkit.bench.grids import Cell
 from flash_attention_testkit.bench.measure import CellFigures, Figures
 from flash_attention_testkit.bench.record import (
-    geometric_means,
+    fingerprint,
+    means,
     read_record,
     rows_of,
     skipped_of,
@@ -27,7 +28,7 @@ def figures(**ms: float) -> CellFigures:
     found = CellFigures()
     for name, value in ms.items():
         spread = Spread(value, value * 0.9, value * 1.1)
-        found.measured[name.replace("_", ":")] = Figures(spread, 12.34, None)
+        found.measured[name.replace("_", ":")] = Figures(spread, 6, 12.34, None)
     return found
 
 
@@ -37,8 +38,8 @@ def record():
     found.skipped["torch:efficient"] = "no such kernel"
     return {
         "environment": {"gpu": "a GPU"},
-        "rows": rows_of(CELL, found, {"matmul_tflops": 1.024}),
-        "skipped": skipped_of(CELL, found),
+        "rows": rows_of("own", CELL, found, {"matmul_tflops": 1.024}),
+        "skipped": skipped_of("own", CELL, found),
         "host_us": {"mine": 20.0},
     }
 
@@ -46,7 +47,9 @@ def record():
 def test_a_row_has_the_fields_of_the_record_format(record) -> None:
     row = record["rows"][-1]
     assert row["impl"] == "mine"
+    assert row["grid"] == "own"
     assert row["ms"] == 0.5
+    assert row["rounds"] == 6
     assert row["ms_quartiles"] == [0.45, 0.55]
     assert row["tflops"] == 0.512
     assert row["gbs"] is None
@@ -59,19 +62,30 @@ def test_a_row_has_the_fields_of_the_record_format(record) -> None:
 
 
 def test_decoding_is_told_in_bytes_and_shares_the_ceiling_of_a_copy() -> None:
-    (row,) = rows_of(DECODE, figures(mine=1.0), {"matmul_tflops": 1.0, "copy_gbs": 0.512})
+    (row,) = rows_of("decode", DECODE, figures(mine=1.0), {"matmul_tflops": 1.0, "copy_gbs": 0.512})
     assert row["gbs"] == 0.256
     assert row["share_of_ceiling"] == 0.5
-    (row,) = rows_of(DECODE, figures(mine=1.0), {"matmul_tflops": 1.0})
+    (row,) = rows_of("decode", DECODE, figures(mine=1.0), {"matmul_tflops": 1.0})
     assert row["share_of_ceiling"] is None
 
 
-def test_means_are_geometric_and_leave_out_who_is_compared_with_itself(record) -> None:
-    slower = rows_of(CELL, figures(torch_flash=1.0, mine=1.0), {})
-    means = geometric_means([*record["rows"], *slower])
-    found = {(impl, base): (mean, worst) for impl, _, base, mean, worst in means}
-    assert found["mine", "torch:flash"] == (pytest.approx(2.0), 1.0)
-    assert ("torch:flash", "torch:flash") not in found
+def test_means_are_geometric_by_grid_and_leave_out_who_is_compared_with_itself(record) -> None:
+    slower = rows_of("own", CELL, figures(torch_flash=1.0, mine=1.0), {})
+    other = rows_of("other", CELL, figures(torch_flash=1.0, mine=10.0), {})
+    found = {
+        (one.impl, one.grid, one.base): (one.mean, one.worst)
+        for one in means([*record["rows"], *slower, *other])
+    }
+    assert found["mine", "own", "ratio_to_flash"] == (pytest.approx(2.0), 1.0)
+    assert found["mine", "other", "ratio_to_flash"] == (pytest.approx(0.1), 0.1)
+    assert ("torch:flash", "own", "ratio_to_flash") not in found
+
+
+def test_a_fingerprint_tells_records_apart_and_does_not_depend_on_their_layout(record) -> None:
+    again = json.loads(json.dumps(record, indent=3, sort_keys=True))
+    assert fingerprint(again) == fingerprint(record)
+    again["rows"][0]["ms"] += 1e-4
+    assert fingerprint(again) != fingerprint(record)
 
 
 def test_a_written_record_reads_back_the_same(record, tmp_path: Path) -> None:
@@ -102,9 +116,14 @@ def test_the_table_shows_rows_means_host_times_and_reasons(record) -> None:
     assert mine.split()[7:] == [
         *("0.5", "0.45-0.55", "0.512", "TF", "4.000", "2.000", "-", "-", "50.0%", "12.3", "-")
     ]
-    assert "mine forward over torch:flash: geometric mean 4.000, worst 4.000" in text
+    assert "mine own forward over torch:flash: geometric mean 4.000, worst 4.000" in text
     assert "Host time of a small call: mine 20.0 us" in text
     assert "torch:efficient, 1 cell: no such kernel" in text
+
+
+def test_the_table_says_that_a_run_did_not_finish(record) -> None:
+    assert "did not finish" not in render(record)
+    assert "did not finish" in render({**record, "finished": False})
 
 
 def test_the_table_shows_records_of_the_older_form() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -26,11 +26,21 @@ from flash_attention_registry import (
     restore_flash_attention_impl,
     use_flash_attention_impl,
 )
-from flash_attention_registry.errors import text_of
-from flash_attention_registry.sdpa import dispatch_counts, installed_kernel_sets
+from flash_attention_registry.errors import RegistryWarning, text_of
+from flash_attention_registry.sdpa import DispatchCounts, dispatch_counts, installed_kernel_sets
 from flash_attention_testkit.bench.grids import Cell
 
-__all__ = ["NATIVE", "STOCK", "NotMeasuredError", "check_served", "operation", "running_on", "why"]
+__all__ = [
+    "NATIVE",
+    "STOCK",
+    "Inputs",
+    "NotMeasuredError",
+    "StaysInstalledError",
+    "make_inputs",
+    "operation",
+    "running_on",
+    "why",
+]
 
 NATIVE = "native"
 STOCK: Mapping[str, SDPBackend | None] = MappingProxyType(
@@ -43,13 +53,35 @@ STOCK: Mapping[str, SDPBackend | None] = MappingProxyType(
 )
 """Torch's own kernels, and the backend each is forced by; None leaves the choice to torch."""
 
-COLD_BYTES = 256 << 20
-"""Keys and values of a decoding cell are spread over at least this much memory, several times the
-last-level cache of any GPU: a step of a real model never finds them in the cache."""
-
 
 class NotMeasuredError(Exception):
-    """A call cannot be made, or would not run on the implementation meant; the text says why."""
+    """A call cannot be made, or did not run on the implementation meant; the text says why."""
+
+
+class StaysInstalledError(Exception):
+    """An implementation could not be left, so that nothing else can be measured any more."""
+
+
+@contextlib.contextmanager
+def running_on(name: str, device: str) -> Iterator[None]:
+    """Attention on `device` runs on `name` inside: one of `STOCK`, or a registered implementation.
+
+    Raises:
+        NotMeasuredError: Torch's own kernels ran in place of an implementation's; says why.
+        StaysInstalledError: The implementation could not be taken away afterwards.
+    """
+    with contextlib.ExitStack() as stack:
+        if name in STOCK:
+            stack.enter_context(_nothing_active())
+            backend = STOCK[name]
+        else:
+            stack.enter_context(_active(name))
+            stack.enter_context(_served(device))
+            # Torch's own FA3 and FA4 stand at the flash ops only, which torch may not choose.
+            backend = SDPBackend.FLASH_ATTENTION if name.startswith("torch:") else None
+        if backend is not None:
+            stack.enter_context(sdpa_kernel(backend))
+        yield
 
 
 @contextlib.contextmanager
@@ -58,7 +90,7 @@ def _nothing_active() -> Iterator[None]:
     active = current_flash_attention_impl()
     with warnings.catch_warnings():
         # With nothing active it warns, and drops all the same what the environment asked for.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", RegistryWarning)
         restore_flash_attention_impl()
     try:
         yield
@@ -68,107 +100,39 @@ def _nothing_active() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running_on(name: str) -> Iterator[None]:
-    """Attention runs on `name` inside: one of `STOCK`, or a registered implementation."""
-    with contextlib.ExitStack() as stack:
-        if name in STOCK:
-            stack.enter_context(_nothing_active())
-            backend = STOCK[name]
-        else:
-            stack.enter_context(use_flash_attention_impl(name))
-            # Torch's own FA3 and FA4 stand at the flash ops only, which torch may not choose.
-            backend = SDPBackend.FLASH_ATTENTION if name.startswith("torch:") else None
-        if backend is not None:
-            stack.enter_context(sdpa_kernel(backend))
+def _active(name: str) -> Iterator[None]:
+    """`name` is active inside, and its kernels are certainly gone afterwards."""
+    scope = use_flash_attention_impl(name)
+    scope.__enter__()
+    try:
         yield
+    finally:
+        with warnings.catch_warnings():
+            # Of kernels that gave no handle the registry only warns.
+            warnings.simplefilter("error", RegistryWarning)
+            try:
+                scope.__exit__(None, None, None)
+            except Exception as error:
+                raise StaysInstalledError(
+                    f"{name} cannot be compared with anything: once it has run, torch's own "
+                    f"kernels do not come back. {text_of(error)}"
+                ) from error
 
 
-def operation(cell: Cell, name: str, device: str) -> Callable[[], Any]:
-    """Make the inputs of a cell and the call that is timed; to be called inside `running_on`.
+@contextlib.contextmanager
+def _served(device: str) -> Iterator[None]:
+    """See by the registry's counts that calls inside run on the active kernel set.
 
-    Inputs are the same for every implementation. A backward is that of one forward, kept.
-
-    Raises:
-        NotMeasuredError: No such call can be made.
+    An implementation that installs itself by its own means has no counts, and is believed.
     """
-    torch.manual_seed(0)
-    if cell.seq_lens:
-        call, tensors = _packed(cell, name, device)
-    else:
-        call, tensors = _dense(cell, device)
-    if cell.direction == "forward":
-        return call
-    with torch.enable_grad():
-        for tensor in tensors:
-            tensor.requires_grad_()
-        out = call()
-    grad = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True)
-
-
-def _dense(cell: Cell, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A call of SDPA. Memory is laid out `[B, S, H, D]`, as projections leave it."""
-
-    def numbers(rows: int, heads: int) -> Tensor:
-        shape = (cell.batch, rows, heads, cell.head_dim)
-        return torch.randn(shape, device=device, dtype=getattr(torch, cell.dtype)).transpose(1, 2)
-
-    def tensors() -> list[Tensor]:
-        return [numbers(cell.rows, cell.heads)] + [
-            numbers(cell.seq_len, cell.kv_heads) for _ in range(2)
-        ]
-
-    options: dict[str, Any] = {"is_causal": cell.causal}
-    if cell.kv_heads != cell.heads:
-        options["enable_gqa"] = True
-    sets = [tensors()]
-    if cell.is_decode and device == "cuda":
-        copies = min(64, math.ceil(COLD_BYTES / cell.key_value_bytes))
-        sets += [tensors() for _ in range(copies - 1)]
-    turns = itertools.cycle(sets)
-
-    def call() -> Tensor:
-        query, key, value = next(turns)
-        return F.scaled_dot_product_attention(query, key, value, **options)
-
-    return call, sets[0]
-
-
-def _packed(cell: Cell, name: str, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A call of the op behind `torch.nn.attention.varlen`, which is flash's alone."""
-    if device != "cuda":
-        raise NotMeasuredError("torch has no attention for packed sequences on the CPU")
-    if name in ("torch:cudnn", "torch:efficient"):
-        raise NotMeasuredError("packed sequences go through aten::_flash_attention_forward")
-    dtype, total = getattr(torch, cell.dtype), sum(cell.seq_lens)
-    tensors = [
-        torch.randn(total, heads, cell.head_dim, device=device, dtype=dtype)
-        for heads in (cell.heads, cell.kv_heads, cell.kv_heads)
-    ]
-    starts = [0, *itertools.accumulate(cell.seq_lens)]
-    cu_seqlens = torch.tensor(starts, device=device, dtype=torch.int32)
-    longest = max(cell.seq_lens)
-    arguments = (cu_seqlens, cu_seqlens, longest, longest, 0.0, cell.causal, False)
-
-    def call() -> Tensor:
-        out: Tensor = torch.ops.aten._flash_attention_forward(*tensors, *arguments)[0]
-        return out
-
-    return call, tensors
-
-
-def check_served(name: str, device: str, run: Callable[[], Any]) -> None:
-    """Run once and make sure that the kernels of `name` have run.
-
-    Raises:
-        NotMeasuredError: Torch's own kernel ran in their place, and why.
-    """
-    if name in STOCK or device not in installed_kernel_sets():
-        run()  # an implementation that installs itself by its own means has no counts
-        return
+    counted = device in installed_kernel_sets()
     before = dispatch_counts()
-    run()
-    after = dispatch_counts()
+    yield
+    if counted:
+        _check_served(before, dispatch_counts())
+
+
+def _check_served(before: DispatchCounts, after: DispatchCounts) -> None:
     for op, counts in after.items():
         for reason, number in counts.declined.items():
             if op not in before or number > before[op].declined.get(reason, 0):
@@ -180,8 +144,99 @@ def check_served(name: str, device: str, run: Callable[[], Any]) -> None:
         )
 
 
-def why(error: BaseException) -> str:
-    """The reason to give for an exception, in one line."""
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The tensors of a cell, the same for every implementation.
+
+    Attributes:
+        tensors: Query, key and value: `[B, H, S, D]`, laid out in memory as `[B, S, H, D]`, as
+            projections leave them; packed sequences `[T, H, D]`. For a backward they require
+            gradients.
+        cu_seqlens: Where each packed sequence starts, int32 `[B + 1]`; None for a dense batch.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    cu_seqlens: Tensor | None
+
+
+def make_inputs(cell: Cell, device: str) -> Inputs:
+    """Draw the tensors of a cell from a standard normal distribution."""
+    torch.manual_seed(0)
+    heads = (cell.heads, cell.kv_heads, cell.kv_heads)
+    shapes: list[tuple[int, ...]]
+    if cell.seq_lens:
+        shapes = [(sum(cell.seq_lens), count, cell.head_dim) for count in heads]
+        starts = [0, *itertools.accumulate(cell.seq_lens)]
+        cu_seqlens = torch.tensor(starts, device=device, dtype=torch.int32)
+    else:
+        rows = (cell.rows, cell.seq_len, cell.seq_len)
+        shapes = [
+            (cell.batch, length, count, cell.head_dim)
+            for length, count in zip(rows, heads, strict=True)
+        ]
+        cu_seqlens = None
+    query, key, value = (
+        torch.randn(shape, device=device, dtype=getattr(torch, cell.dtype)) for shape in shapes
+    )
+    if cu_seqlens is None:
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    for tensor in (query, key, value):
+        tensor.requires_grad_(cell.direction == "backward")
+    return Inputs((query, key, value), cu_seqlens)
+
+
+def operation(cell: Cell, inputs: Inputs, name: str) -> Callable[[], Any]:
+    """Make the call that is timed; to be called inside `running_on`.
+
+    A backward is that of one forward, kept.
+
+    Raises:
+        NotMeasuredError: No such call can be made.
+    """
+    call = _dense(cell, inputs) if inputs.cu_seqlens is None else _packed(cell, inputs, name)
+    if cell.direction == "forward":
+        return call
+    with torch.enable_grad():
+        out = call()
+    grad = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, inputs.tensors, grad, retain_graph=True)
+
+
+def _dense(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:
+    """A call of SDPA."""
+    query, key, value = inputs.tensors
+    options: dict[str, Any] = {"is_causal": cell.causal}
+    if cell.kv_heads != cell.heads:
+        options["enable_gqa"] = True
+    return lambda: F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _packed(cell: Cell, inputs: Inputs, name: str) -> Callable[[], Tensor]:
+    """A call of the op behind `torch.nn.attention.varlen`, which is flash's alone."""
+    cu_seqlens, longest = inputs.cu_seqlens, max(cell.seq_lens)
+    if not inputs.tensors[0].is_cuda:
+        raise NotMeasuredError("torch has no attention for packed sequences on the CPU")
+    if name in ("torch:cudnn", "torch:efficient"):
+        raise NotMeasuredError("packed sequences go through aten::_flash_attention_forward")
+    arguments = (cu_seqlens, cu_seqlens, longest, longest, 0.0, cell.causal, False)
+
+    def call() -> Tensor:
+        out: Tensor = torch.ops.aten._flash_attention_forward(*inputs.tensors, *arguments)[0]
+        return out
+
+    return call
+
+
+def why(error: Exception) -> str:
+    """The reason to give for an exception, in one line.
+
+    Raises:
+        StaysInstalledError: It is one, which is nothing to go on after.
+    """
+    if isinstance(error, StaysInstalledError):
+        raise error
     text = " ".join(text_of(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {'.'.join(text.split('. ')[:2])}"[:200]
     known = isinstance(error, NotMeasuredError)
     return text if known else f"{type(error).__name__}: {text}"[:300]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["DIRECTIONS", "DTYPE_BYTES", "GRIDS", "Cell", "own_grid"]
+__all__ = ["DIRECTIONS", "DTYPE_BYTES", "GRIDS", "TOKENS", "WIDTH", "Cell", "own_grid"]
 
 DIRECTIONS = ("forward", "backward")
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "float16": 2, "float32": 4})
@@ -112,7 +112,7 @@ def _anchors() -> Iterator[Cell]:
 def _gqa() -> Iterator[Cell]:
     """Grouped heads as in current models: 4, 8 and all query heads to a key head."""
     for direction, (heads, kv_heads) in itertools.product(DIRECTIONS, ((32, 8), (64, 8), (32, 1))):
-        for seq_len in (1024, 4096, 16384):
+        for seq_len in (1024, 8192):
             batch = TOKENS // seq_len
             yield Cell(direction, 128, seq_len, True, batch, heads, kv_heads)
 
@@ -139,7 +139,7 @@ def _decode() -> Iterator[Cell]:
 
 def _small() -> Iterator[Cell]:
     """What Triton's interpreter finishes in seconds."""
-    return own_grid(head_dims=(32, 64), seq_lens=(128,), batches=(1,), heads=(2,))
+    return own_grid(head_dims=(64,), seq_lens=(128,), batches=(1,), heads=(2,))
 
 
 GRIDS: Mapping[str, Callable[[], Iterator[Cell]]] = MappingProxyType(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,17 @@ from flash_attention_testkit.bench.grids import Cell
 if TYPE_CHECKING:
     from flash_attention_testkit.bench.measure import CellFigures
 
-__all__ = ["BASES", "geometric_means", "read_record", "rows_of", "skipped_of", "write_record"]
+__all__ = [
+    "BASES",
+    "TITLES",
+    "Mean",
+    "fingerprint",
+    "means",
+    "read_record",
+    "rows_of",
+    "skipped_of",
+    "write_record",
+]
 
 BASES = {
     "ratio_to_flash": "torch:flash",
@@ -25,11 +36,19 @@ BASES = {
 }
 """Ratios of speed in a row, and to whom: above 1 is faster than they."""
 
+TITLES = {
+    "torch:flash": "FlashAttention-2",
+    "torch:cudnn": "cuDNN",
+    "torch:efficient": "efficient",
+    "native": "native",
+}
+"""What torch's own kernels are called in tables and figures, in the order of their columns."""
+
 
 def rows_of(
-    cell: Cell, figures: CellFigures, ceilings: Mapping[str, float]
+    grid: str, cell: Cell, figures: CellFigures, ceilings: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """One row for each implementation that was measured in a cell.
+    """One row for each implementation that was measured in a cell of a grid.
 
     A ratio is None where the other has no figures; a share, where there is no ceiling to share.
     """
@@ -41,15 +60,17 @@ def rows_of(
         reached, limit = (tflops, "matmul_tflops") if gbs is None else (gbs, "copy_gbs")
         row: dict[str, Any] = {
             "impl": impl,
+            "grid": grid,
             **_described(cell),
             "ms": _rounded(ms),
             "ms_quartiles": [_rounded(found.ms.low), _rounded(found.ms.high)],
+            "rounds": found.rounds,
             "tflops": _rounded(tflops),
             "gbs": _rounded(gbs),
         }
         for ratio, base in BASES.items():
             other = figures.measured.get(base)
-            row[ratio] = None if other is None else round(other.ms.median / ms, 3)
+            row[ratio] = None if other is None else _rounded(other.ms.median / ms)
         row["share_of_ceiling"] = _rounded(reached / ceilings[limit]) if limit in ceilings else None
         row["host_us"] = round(found.host_us, 1)
         row["peak_mib"] = None if found.peak_mib is None else round(found.peak_mib, 1)
@@ -57,10 +78,10 @@ def rows_of(
     return rows
 
 
-def skipped_of(cell: Cell, figures: CellFigures) -> list[dict[str, Any]]:
+def skipped_of(grid: str, cell: Cell, figures: CellFigures) -> list[dict[str, Any]]:
     """One entry for each implementation without figures in a cell, with the reason."""
     return [
-        {"impl": impl, **_described(cell), "reason": reason}
+        {"impl": impl, "grid": grid, **_described(cell), "reason": reason}
         for impl, reason in figures.skipped.items()
     ]
 
@@ -77,17 +98,38 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def geometric_means(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, float, float]]:
-    """Implementation, direction, base, geometric mean and worst of the ratios; its own left out."""
-    found: dict[tuple[str, str, str], list[float]] = {}
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Ratios of one implementation's speed to another's, over the cells that both ran.
+
+    Attributes:
+        impl: Whose speed.
+        grid: Of which cells; empty in records from before grids were noted.
+        direction: Of which cells.
+        base: A key of `BASES`.
+        mean: Geometric mean.
+        worst: Smallest.
+    """
+
+    impl: str
+    grid: str
+    direction: str
+    base: str
+    mean: float
+    worst: float
+
+
+def means(rows: Iterable[Mapping[str, Any]]) -> list[Mean]:
+    """Means over each grid and direction; nobody is compared with itself."""
+    found: dict[tuple[str, str, str, str], list[float]] = {}
     for row in rows:
-        for ratio, base in BASES.items():
-            if row.get(ratio) is not None and row["impl"] != base:
-                found.setdefault((row["impl"], row["direction"], base), []).append(row[ratio])
+        for base, impl in BASES.items():
+            if row.get(base) and row["impl"] != impl:
+                key = (row["impl"], row.get("grid", ""), row["direction"], base)
+                found.setdefault(key, []).append(row[base])
     return [
-        (*key, math.exp(statistics.fmean(map(math.log, ratios))), min(ratios))
+        Mean(*key, math.exp(statistics.fmean(map(math.log, ratios))), min(ratios))
         for key, ratios in found.items()
-        if min(ratios) > 0
     ]
 
 
@@ -96,6 +138,11 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """What tells a record from any other; figures carry it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(path: Path) -> dict[str, Any]:

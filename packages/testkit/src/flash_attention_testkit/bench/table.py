@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flash_attention_registry.layout import columns
-from flash_attention_testkit.bench.record import geometric_means
+from flash_attention_testkit.bench.record import BASES, means
 
 __all__ = ["bar", "render"]
 
@@ -27,15 +27,21 @@ def render(record: Mapping[str, Any]) -> str:
             "x is the ratio of speed\nin the same cell, above 1 is faster. CEILING is the share of "
             "a matrix product's TFLOP/s, or of a copy's GB/s."
         )
-    means = [
-        f"{impl} {direction} over {base}: geometric mean {mean:.3f}, worst {worst:.3f}"
-        for impl, direction, base, mean, worst in geometric_means(record["rows"])
+    ratios = [
+        f"{' '.join(filter(None, (one.impl, one.grid, one.direction)))} over {BASES[one.base]}: "
+        f"geometric mean {one.mean:.3f}, worst {one.worst:.3f}"
+        for one in means(record["rows"])
     ]
-    if means:
-        parts.append("\n".join(means))
+    if ratios:
+        parts.append("\n".join(ratios))
+    if record.get("ceilings"):
+        reached = [f"{name} {value:.4g}" for name, value in record["ceilings"].items()]
+        parts.append(f"Ceilings: {', '.join(reached)}")
     if record.get("host_us"):
         small = [f"{impl} {value:.1f} us" for impl, value in record["host_us"].items()]
         parts.append(f"Host time of a small call: {', '.join(small)}")
+    if not record.get("finished", True):
+        parts.append("The run did not finish.")
     reasons: dict[tuple[str, str], int] = {}
     for one in record.get("skipped", ()):
         key = (one["impl"], one["reason"])
@@ -54,6 +60,7 @@ def render(record: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     heads, kv_heads = row["heads"], row["kv_heads"]
     query_len = row.get("query_len", row["seq_len"])
+    length = str(row["seq_len"]) if query_len == row["seq_len"] else f"{query_len}x{row['seq_len']}"
     low, high = row.get("ms_quartiles") or (None, None)
     speed = f"{row['tflops']:.4g} TF" if row.get("gbs") is None else f"{row['gbs']:.4g} GB"
     share = row.get("share_of_ceiling")
@@ -61,7 +68,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["direction"],
         str(row["batch"]),
         str(heads) if heads == kv_heads else f"{heads}/{kv_heads}",
-        str(row["seq_len"]) if query_len == row["seq_len"] else f"{query_len}x{row['seq_len']}",
+        f"{length} packed" if row.get("seq_lens") else length,
         str(row["head_dim"]),
         "causal" if row["causal"] else "full",
         row["impl"],

@@ -1,12 +1,14 @@
-"""The clock, the order of turns, and what is made of the times.
+"""The clocks, who has a turn when, and what is made of the times.
 
 Cards run at their power cap, so whoever is timed first runs cooler: contestants take turns in
-rounds, and the order rotates from round to round.
+rounds, and the order changes from round to round. A call is timed by itself, with a cold cache and
+with the queue of the device filled, so that the host's time is no part of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,62 +20,105 @@ __all__ = [
     "Contestant",
     "CudaClock",
     "HostClock",
+    "Plan",
     "Spread",
+    "Turn",
     "host_microseconds",
     "interleaved",
     "order",
-    "repeats_for",
+    "plan",
 ]
 
-BUDGET_MS = 25.0
-"""About how long one turn lasts: long against the clock's step, short against warming up."""
+TURN_MS = 40.0
+"""About how long a turn lasts: long against the time in which a card changes its clock rate."""
+
+MOST_CALLS = 100
+"""In a turn. Calls and what clears the cache between them must fit into the device's queue, or the
+host waits and its times mean nothing."""
+
+FEWEST_ROUNDS = 4
+"""Whatever the budget: two in each direction."""
+
+CACHE_BYTES = 256 << 20
+"""Written before each call: several times the last-level cache of any GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Several calls in a row by one contestant.
+
+    Attributes:
+        ms: Median of a call's time on the device.
+        host_us: Median of the host's time until a call returned.
+    """
+
+    ms: float
+    host_us: float
 
 
 class Clock(Protocol):
-    """What tells the time on a device."""
+    """What tells the time on a device.
 
-    def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
-        """Mean time of one run, over `repeats` in a row."""
+    Attributes:
+        clear_ms: How long the device clears its cache before a call.
+    """
 
-    def drain(self) -> None:
-        """Return once the device has nothing left to do."""
+    clear_ms: float
+
+    def turn(self, run: Callable[[], Any], calls: int, clears: int = 1) -> Turn:
+        """Time `calls` calls of `run`, each after clearing the cache `clears` times."""
 
 
 class CudaClock:
-    """Time on the GPU, between two events on the current stream."""
+    """Time on the current GPU, each call between two events on the current stream."""
 
-    def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
+    def __init__(self) -> None:
+        """Make the buffer that is written before each call, and see how long that takes."""
+        import torch
+
+        self.clear_ms = 0.0
+        self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+        self._events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(MOST_CALLS)
+        ]
+        self.clear_ms = self.turn(self._cache.zero_, 20).ms
+
+    def turn(self, run: Callable[[], Any], calls: int, clears: int = 1) -> Turn:
         """See `Clock`."""
         import torch
 
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
+        host = []
+        for begin, end in self._events[:calls]:
+            for _ in range(clears):
+                self._cache.zero_()
+            begin.record()
+            called = time.perf_counter()
             run()
-        end.record()
-        end.synchronize()
-        elapsed: float = begin.elapsed_time(end)
-        return elapsed / repeats
-
-    def drain(self) -> None:
-        """See `Clock`."""
-        import torch
-
+            host.append(time.perf_counter() - called)
+            end.record()
         torch.cuda.synchronize()
+        times = [begin.elapsed_time(end) for begin, end in self._events[:calls]]
+        # The first calls ran at the clock rate that whoever had the turn before left behind, and
+        # before the host was ahead of the device.
+        settled = calls // 5
+        return Turn(statistics.median(times[settled:]), statistics.median(host[settled:]) * 1e6)
 
 
 class HostClock:
-    """Time on the host, for calls that return when they are done."""
+    """Time on the host, for calls that return when they are done; its cache is not cleared."""
 
-    def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
+    clear_ms = 0.0
+
+    def turn(self, run: Callable[[], Any], calls: int, clears: int = 1) -> Turn:
         """See `Clock`."""
-        begin = time.perf_counter()
-        for _ in range(repeats):
+        times = []
+        for _ in range(calls):
+            called = time.perf_counter()
             run()
-        return (time.perf_counter() - begin) / repeats * 1e3
-
-    def drain(self) -> None:
-        """Nothing runs after a call here."""
+            times.append(time.perf_counter() - called)
+        median = statistics.median(times)
+        return Turn(median * 1e3, median * 1e6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +127,8 @@ class Contestant:
 
     Attributes:
         run: One call.
-        scope: Makes a context in which `run` runs on the implementation meant.
+        scope: Makes a context in which `run` runs on the implementation meant. Entering and leaving
+            it is not timed.
     """
 
     run: Callable[[], Any]
@@ -106,75 +152,132 @@ class Spread:
         return cls(median, low, high)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a cell is measured.
+
+    Attributes:
+        calls: In a turn, by contestant.
+        clears: Of the cache before each call; the same for all.
+        rounds: Each contestant has one turn in each.
+    """
+
+    calls: Mapping[str, int]
+    clears: int
+    rounds: int
+
+
+def plan(estimates: Mapping[str, Turn], clear_ms: float, budget_s: float) -> Plan:
+    """Divide a budget among contestants.
+
+    Args:
+        estimates: What a call takes, by contestant; one at least.
+        clear_ms: Of the clock.
+        budget_s: Seconds for all rounds. There are at least `FEWEST_ROUNDS`, and always an even
+            number, so that each order has its mirror image.
+    """
+    clears = max(_clears(estimate, clear_ms) for estimate in estimates.values())
+    call_ms = {name: one.ms + clears * clear_ms for name, one in estimates.items()}
+    calls = {
+        name: max(1, min(MOST_CALLS, round(TURN_MS / max(ms, 1e-6))))
+        for name, ms in call_ms.items()
+    }
+    round_ms = sum(calls[name] * ms for name, ms in call_ms.items())
+    pairs = int(budget_s * 1e3 / max(round_ms, 1e-6) / 2)
+    return Plan(calls, clears, max(FEWEST_ROUNDS, 2 * pairs))
+
+
+def _clears(estimate: Turn, clear_ms: float) -> int:
+    """How often the cache is cleared before a call, so that the device is busy until it is queued.
+
+    Otherwise a call that takes the host longer than the device would be told in the host's time.
+    An estimate that is twice the host's time is surely the device's own.
+    """
+    if clear_ms == 0 or estimate.ms * 1e3 >= 2 * estimate.host_us:
+        return 1
+    return min(20, max(1, math.ceil(1.25 * estimate.host_us / (clear_ms * 1e3))))
+
+
 def order(names: Sequence[str], turn: int) -> list[str]:
-    """Who runs after whom in round `turn`: each round begins with the next one."""
-    first = turn % len(names) if names else 0
-    return [*names[first:], *names[:first]]
+    """Who runs after whom in round `turn`.
 
-
-def repeats_for(milliseconds: float) -> int:
-    """How many runs make one turn of about `BUDGET_MS`: 3 to 100."""
-    return max(3, min(100, round(BUDGET_MS / max(milliseconds, 1e-6))))
+    Every two rounds begin with the next one, and the second runs backwards: in each pair everybody
+    has the same place on average, and nobody always follows the same one.
+    """
+    first = turn // 2 % len(names) if names else 0
+    rotated = [*names[first:], *names[:first]]
+    return rotated[::-1] if turn % 2 else rotated
 
 
 def interleaved(
     contestants: Mapping[str, Contestant],
     clock: Clock,
-    rounds: int,
-    repeats: Callable[[float], int] = repeats_for,
+    budget_s: float,
     why: Callable[[Exception], str] = str,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+) -> tuple[dict[str, list[Turn]], dict[str, str]]:
     """Time every contestant once a round.
+
+    Nothing counts before everybody has run twice, which compiles and plans whatever is made at
+    the first call, and had a turn in a round, which brings the card to its temperature.
 
     Args:
         contestants: By name.
         clock: Of their device.
-        rounds: How many turns each has, after one to warm up.
-        repeats: Runs in a turn, from the milliseconds of one run.
-        why: The reason to give for an exception.
+        budget_s: Seconds for the rounds that count; see `plan`.
+        why: The reason to give for an exception; it may raise another one to end everything.
 
     Returns:
-        Milliseconds by name, one per round; and the reasons of those that failed, in the warm-up
-        or later. A contestant that failed has no times.
+        Turns by name, one a round; and the reasons of those that failed at any time. A contestant
+        that failed has no turns.
     """
-    times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for name, contestant in contestants.items():
+
+    def turn(name: str, calls: int, clears: int) -> Turn | None:
+        contestant = contestants[name]
         try:
             with contestant.scope():
-                clock.milliseconds(contestant.run, 3)
-                counts[name] = repeats(clock.milliseconds(contestant.run, 3))
-            times[name] = []
+                return clock.turn(contestant.run, calls, clears)
         except Exception as error:
             failed[name] = why(error)
-    running = list(times)
-    for turn in range(rounds):
-        for name in order(running, turn):
-            if name in failed:
-                continue
-            contestant = contestants[name]
-            try:
-                with contestant.scope():
-                    times[name].append(clock.milliseconds(contestant.run, counts[name]))
-            except Exception as error:
-                failed[name] = why(error)
-                del times[name]
-    return times, failed
+            return None
+
+    estimates = {}
+    for name in contestants:
+        if turn(name, 1, 1) is not None and (estimate := turn(name, 2, 1)) is not None:
+            estimates[name] = estimate
+    if not estimates:
+        return {}, failed
+    planned = plan(estimates, clock.clear_ms, budget_s)
+    turns: dict[str, list[Turn]] = {name: [] for name in estimates}
+    for number in range(-1, planned.rounds):
+        for name in order(list(estimates), number):
+            if name not in failed:
+                taken = turn(name, planned.calls[name], planned.clears)
+                if taken is not None and number >= 0:
+                    turns[name].append(taken)
+    return {name: taken for name, taken in turns.items() if name not in failed}, failed
 
 
-def host_microseconds(run: Callable[[], Any], clock: Clock, calls: int, batches: int = 7) -> float:
+def host_microseconds(
+    run: Callable[[], Any], drain: Callable[[], Any], calls: int, batches: int = 15
+) -> float:
     """Median over batches of the host's time for one call, the device drained between them.
 
-    The first batch warms up. `calls` must be few enough for the device's queue, or the host's
-    time becomes the device's.
+    The first batch warms up.
+
+    Args:
+        run: One call.
+        drain: Returns once the device has nothing left to do.
+        calls: In a batch; few enough for the device's queue, or the host's time becomes the
+            device's.
+        batches: How many count.
     """
     taken = []
     for _ in range(batches + 1):
-        clock.drain()
+        drain()
         begin = time.perf_counter()
         for _ in range(calls):
             run()
         taken.append((time.perf_counter() - begin) / calls * 1e6)
-    clock.drain()
+    drain()
     return statistics.median(taken[1:])
