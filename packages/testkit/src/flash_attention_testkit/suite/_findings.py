@@ -119,7 +119,7 @@ def _measured(
 
 
 def assert_same(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], references: References
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], inputs: SdpaInputs
 ) -> None:
     """Insist that one kernel set has answered one question the same way twice.
 
@@ -129,7 +129,7 @@ def assert_same(
     Args:
         found: Tensors by name, or the same parts of them as in ``expected``.
         expected: What the kernel set gave when nothing was special.
-        references: Of the problem.
+        inputs: Of the problem, finite.
     """
     __tracebackhide__ = True
     assert found.keys() == expected.keys(), f"found are {list(found)}, expected {list(expected)}"
@@ -139,8 +139,7 @@ def assert_same(
         assert tensor.dtype == other.dtype, f"{name} is {tensor.dtype}, expected {other.dtype}"
         if torch.equal(tensor, other):
             continue
-        whole = getattr(references.faithful, name)
-        limits = references.compare(name, whole, rule_of(references.faithful.out.dtype))
+        limits = _limits_of(inputs, name)
         distance = (tensor.double() - other.double()).abs().nan_to_num(posinf=torch.inf)
         distance = distance.masked_fill(tensor.isnan() ^ other.isnan(), torch.inf)
         distance = distance.masked_fill(tensor == other, 0.0)  # infinities of one sign
@@ -151,3 +150,10 @@ def assert_same(
             f"{2 * limits.max_limit:.3e}, rms {2 * limits.rms_limit:.3e}. The largest difference "
             f"is at {list(place_of(int(distance.argmax()), distance.shape))}"
         )
+
+
+def _limits_of(inputs: SdpaInputs, name: str) -> TensorParity:
+    """What a tensor of a problem may be off by."""
+    references = references_of(inputs)
+    faithful = getattr(references.faithful, name)
+    return references.compare(name, faithful, rule_of(inputs.query.dtype))

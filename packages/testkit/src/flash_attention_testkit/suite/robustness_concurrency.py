@@ -1,0 +1,166 @@
+"""Streams, graphs, threads and devices: kernels run where and when the caller says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attention_testkit.inputs import SdpaInputs
+from flash_attention_testkit.suite._base import ProviderTestsBase
+from flash_attention_testkit.suite._findings import assert_same
+from flash_attention_testkit.suite._subject import Subject, call_of
+from flash_attention_testkit.suite.robustness_base import (
+    PACKED,
+    masked,
+    needs_cuda,
+    problem,
+    run,
+    run_call,
+)
+
+TURNS = 10
+
+dense_or_packed = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+
+
+class ConcurrencyTests(ProviderTestsBase):
+    """What is expected is what the same kernel set gives for the same inputs by themselves."""
+
+    def test_threads_do_not_disturb_each_other(self, subject: Subject) -> None:
+        """Two threads call the kernel set at once, each with its own problem."""
+        problems = [_problem(subject, seed, size) for seed, size in enumerate((97, 130))]
+        expected = [run(subject, inputs) for inputs in problems]
+        found: list[list[dict[str, Tensor]]] = [[], []]
+        ready = threading.Barrier(2)
+
+        def work(number: int) -> None:
+            ready.wait()
+            for _ in range(TURNS):
+                found[number].append(run(subject, problems[number]))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [len(results) for results in found] == [TURNS, TURNS], "a call raised in its thread"
+        for inputs, results, right in zip(problems, found, expected, strict=True):
+            for result in results:
+                assert_same(result, right, inputs)
+
+    def test_kernels_wait_for_what_their_stream_waits_for(self, subject: Subject) -> None:
+        """A stream that is not the default one makes the inputs and is busy with it."""
+        needs_cuda(subject)
+        given, other = (problem(subject, seed=seed) for seed in range(2))
+        expected = run(subject, other)
+        run(subject, given)  # compiled
+        stream = torch.cuda.Stream(subject.device)
+        stream.wait_stream(torch.cuda.current_stream(subject.device))
+        call = call_of(given)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # a tenth of a second
+            _copy(other, given)
+            found = run_call(subject, call, given.grad_out)
+        torch.cuda.synchronize(subject.device)
+        assert_same(found, expected, other)
+
+    def test_streams_do_not_disturb_each_other(self, subject: Subject) -> None:
+        """Two streams at once, each with its own problem."""
+        needs_cuda(subject)
+        problems = [_problem(subject, seed, 1000) for seed in range(2)]
+        expected = [run(subject, inputs) for inputs in problems]
+        streams = [torch.cuda.Stream(subject.device) for _ in problems]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream(subject.device))
+        found: list[list[dict[str, Tensor]]] = [[], []]
+        for _ in range(TURNS):
+            for stream, inputs, results in zip(streams, problems, found, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(run_call(subject, call_of(inputs), inputs.grad_out))
+        torch.cuda.synchronize(subject.device)
+        for inputs, results, right in zip(problems, found, expected, strict=True):
+            for result in results:
+                assert_same(result, right, inputs)
+
+    @dense_or_packed
+    def test_graph_replays_with_changed_inputs(self, subject: Subject, packed: bool) -> None:
+        """A captured call reads what its inputs hold when it is replayed."""
+        needs_cuda(subject)
+        static, other = (_problem(subject, seed, 333, packed=packed) for seed in range(2))
+        expected = run(subject, other)
+        graph, captured = _captured(subject, static)
+        _copy(other, static)
+        for _ in range(2):
+            for tensor in captured.values():
+                tensor.fill_(float("nan"))
+            graph.replay()
+            assert_same(captured, expected, other)
+
+    def test_graphs_replay_at_once(self, subject: Subject) -> None:
+        """Two captured calls on two streams share no scratch memory."""
+        needs_cuda(subject)
+        problems = [_problem(subject, seed, 1000) for seed in range(2)]
+        expected = [run(subject, inputs) for inputs in problems]
+        graphs = [_captured(subject, inputs) for inputs in problems]
+        streams = [torch.cuda.Stream(subject.device) for _ in problems]
+        torch.cuda.synchronize(subject.device)
+        for _ in range(TURNS):
+            for stream, (graph, _) in zip(streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize(subject.device)
+        for inputs, (_, captured), right in zip(problems, graphs, expected, strict=True):
+            assert_same(captured, right, inputs)
+
+    def test_the_device_need_not_be_the_current_one(self, subject: Subject) -> None:
+        """Tensors on another device than the first, as the router calls: that device current."""
+        needs_cuda(subject)
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs a second CUDA device")
+        inputs = problem(subject)
+        expected = run(subject, inputs)
+        second = torch.device("cuda", 1)
+        moved = _moved(inputs, lambda tensor: tensor.to(second))
+        with torch.cuda.device(second):
+            found = run(subject, moved)
+        assert {tensor.device for tensor in found.values()} == {second}
+        assert_same({name: x.to(subject.device) for name, x in found.items()}, expected, inputs)
+
+
+def _problem(subject: Subject, seed: int, size: int, *, packed: bool = False) -> SdpaInputs:
+    """Causal where that is declared."""
+    options = masked(subject, causal=True)
+    if packed:
+        return problem(subject, seed=seed, lengths=PACKED, **options)
+    return problem(subject, seed=seed, seq_q=size, seq_k=size, **options)
+
+
+def _captured(
+    subject: Subject, inputs: SdpaInputs
+) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """A graph of one forward and backward of a problem, and what it writes."""
+    call = call_of(inputs)  # asks the device for the longest sequence, which a capture forbids
+    side = torch.cuda.Stream(subject.device)
+    side.wait_stream(torch.cuda.current_stream(subject.device))
+    with torch.cuda.stream(side):
+        run_call(subject, call, inputs.grad_out)
+    torch.cuda.current_stream(subject.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run_call(subject, call, inputs.grad_out)
+    return graph, results
+
+
+def _moved(inputs: SdpaInputs, move: Callable[[Tensor], Tensor]) -> SdpaInputs:
+    tensors = (inputs.query, inputs.key, inputs.value, inputs.grad_out)
+    query, key, value, grad_out = map(move, tensors)
+    return SdpaInputs(query, key, value, grad_out, inputs.options)
+
+
+def _copy(source: SdpaInputs, target: SdpaInputs) -> None:
+    for name in ("query", "key", "value", "grad_out"):
+        getattr(target, name).copy_(getattr(source, name))
