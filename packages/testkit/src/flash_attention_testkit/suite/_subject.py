@@ -254,12 +254,7 @@ def _through_sdpa(
         ).transpose(1, 2)
     if grad_out is None:
         return SdpaResult(out)
-    return SdpaResult(out.detach(), None, *gradients(out, leaves, grad_out))
-
-
-def gradients(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
-    """``torch.autograd.grad(out, leaves, grad_out)``, which imports SymPy, for seconds."""
-    return torch.autograd.grad((out * grad_out).sum(), leaves)
+    return SdpaResult(out.detach(), None, *torch.autograd.grad(out, leaves, grad_out))
 
 
 def _through_flash_ops(

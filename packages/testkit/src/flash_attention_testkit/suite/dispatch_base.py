@@ -119,7 +119,6 @@ def close(actual: Tensor, expected: Tensor, what: str) -> None:
     Wide enough for bf16: here it counts whether both are the same attention, not how good it is.
     """
     __tracebackhide__ = True
-    # Not torch.testing.assert_close, which imports SymPy, for seconds.
     one, other = actual.double(), expected.double()
     assert one.shape == other.shape, f"{what}: its shape is {list(one.shape)}"
     differs = ~torch.isclose(one, other, atol=3e-2, rtol=3e-2)
