@@ -192,9 +192,9 @@ def test_a_call_on_the_gpu_lies_between_its_events_and_clearing_the_cache_does_n
     assert device.now == 20 * 0.25 + 10 * (3 * 0.125 + 2.0)
 
 
-def test_the_first_fifth_of_a_turn_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_third_of_a_turn_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch)
-    clock, times = CudaClock(), iter([9.0, 9.0, *[1.0] * 4, *[2.0] * 4])
+    clock, times = CudaClock(), iter([9.0] * 3 + [1.0] * 3 + [1.5] + [2.0] * 3)
     turn = clock.turn(lambda: device.queue.append((None, next(times))), 10)
     assert turn.ms == 1.5
 

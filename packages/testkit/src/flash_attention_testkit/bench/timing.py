@@ -29,10 +29,15 @@ __all__ = [
     "plan",
 ]
 
-TURN_MS = 40.0
-"""About how long a turn lasts: long against the time in which a card changes its clock rate."""
+TURN_MS = 125.0
+"""About how long a turn lasts: long against the time in which a card finds its clock rate. With
+turns of 40 ms on an H100, kernels that draw much power were still running at the rate that weaker
+ones before them had left behind: cuDNN's forward at head_dim 128 read up to a sixth too fast."""
 
-MOST_CALLS = 100
+SETTLING = 3
+"""One part in so many of a turn's calls does not count: the first ones."""
+
+MOST_CALLS = 150
 """In a turn. Calls and what clears the cache between them must fit into the device's queue, or the
 host waits and its times mean nothing."""
 
@@ -101,7 +106,7 @@ class CudaClock:
         times = [begin.elapsed_time(end) for begin, end in self._events[:calls]]
         # The first calls ran at the clock rate that whoever had the turn before left behind, and
         # before the host was ahead of the device.
-        settled = calls // 5
+        settled = calls // SETTLING
         return Turn(statistics.median(times[settled:]), statistics.median(host[settled:]) * 1e6)
 
 

@@ -30,7 +30,7 @@ class DistributionTests(ProviderTestsBase):
         return found
 
     @pytest.fixture
-    def findings(self, entry: ProviderEntry) -> Findings:
+    def own_process(self, entry: ProviderEntry) -> Findings:
         """What a process of its own sees of the provider."""
         return in_a_fresh_process(entry.value)
 
@@ -61,17 +61,17 @@ class DistributionTests(ProviderTestsBase):
         registry.activate(subject.name)
         assert_serves(subject)
 
-    def test_import_is_light(self, findings: Findings) -> None:
+    def test_import_is_light(self, own_process: Findings) -> None:
         """The entry point's module imports neither torch nor Triton."""
-        assert findings.imported_by_module == ()
+        assert own_process.imported_by_module == ()
 
-    def test_registering_is_light(self, findings: Findings) -> None:
+    def test_registering_is_light(self, own_process: Findings) -> None:
         """Nor does its callable, which is called to list what there is."""
-        assert set(findings.imported_by_registering) <= set(findings.imported_by_module)
+        assert set(own_process.imported_by_registering) <= set(own_process.imported_by_module)
 
-    def test_import_activates_nothing(self, findings: Findings) -> None:
+    def test_import_activates_nothing(self, own_process: Findings) -> None:
         """Importing, registering and ``import torch`` leave torch's own kernels where they are."""
-        assert findings.active == ()
+        assert own_process.active == ()
 
     def test_distribution_has_a_version(self, entry: ProviderEntry) -> None:
         """It follows PEP 440; reports name it."""
