@@ -104,10 +104,10 @@ def test_a_reason_may_end_everything() -> None:
 
 def test_a_budget_makes_an_even_number_of_rounds_and_turns_of_equal_length() -> None:
     estimates = {"slow": Turn(20.0, 50.0), "fast": Turn(1.0, 50.0)}
-    planned = plan(estimates, clear_ms=1.0, budget_s=0.5)
-    assert planned.calls == {"slow": 2, "fast": 20}
+    planned = plan(estimates, clear_ms=1.0, budget_s=1.5)
+    assert planned.calls == {"slow": 6, "fast": 62}
     assert planned.clears == 1
-    assert planned.rounds == 6  # of 82 ms each
+    assert planned.rounds == 6  # of 250 ms each
     assert plan(estimates, 1.0, 0.0).rounds == FEWEST_ROUNDS
 
 
