@@ -8,6 +8,7 @@ import torch
 from flash_attention_testkit import (
     SdpaCase,
     assert_sdpa_parity,
+    case_grid,
     make_inputs,
     measure_sdpa_parity,
     reference_sdpa,
@@ -176,6 +177,16 @@ def test_a_correct_kernel_passes_on_every_family(family: str, dtype, flash_style
         actual = flash_style()(*tensors, grad_out=inputs.grad_out, causal=True, window_left=window)
 
         assert_sdpa_parity(case, actual, *tensors, grad_out=inputs.grad_out, **inputs.options)
+
+
+@pytest.mark.parametrize("case", case_grid("quick"), ids=str)
+def test_a_correct_kernel_passes_the_quick_grid(case: SdpaCase, flash_style) -> None:
+    inputs = make_inputs(case, 2)
+    tensors = (inputs.query, inputs.key, inputs.value)
+    kernel = flash_style(block=64, reverse=True, noise=2**-22)
+    actual = kernel(*tensors, grad_out=inputs.grad_out, **inputs.options)
+
+    assert_sdpa_parity(case, actual, *tensors, grad_out=inputs.grad_out, **inputs.options)
 
 
 @pytest.mark.parametrize(

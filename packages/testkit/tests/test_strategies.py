@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from flash_attention_registry.sdpa import Capabilities
-from flash_attention_testkit import SdpaCase, legal_cases, make_inputs
+from flash_attention_testkit import SdpaCase, assert_sdpa_parity, legal_cases, make_inputs
 
 hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
 
 
 def declaring(*features: str) -> Capabilities:
@@ -41,6 +42,25 @@ def test_cases_are_declared_and_have_inputs(declared: Capabilities) -> None:
     check()
 
 
+def test_any_legal_case_is_one_that_a_correct_kernel_passes(flash_style) -> None:
+    dtypes, head_dims = set(), set()
+
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(legal_cases(longest=70), st.integers(0, 2**32))
+    def check(case: SdpaCase, seed: int) -> None:
+        dtypes.add(case.dtype)
+        head_dims.add(case.head_dim)
+        inputs = make_inputs(case, seed)
+        tensors = (inputs.query, inputs.key, inputs.value)
+        actual = flash_style()(*tensors, grad_out=inputs.grad_out, **inputs.options)
+        assert_sdpa_parity(case, actual, *tensors, grad_out=inputs.grad_out, **inputs.options)
+
+    check()
+    assert dtypes == {torch.float16, torch.bfloat16}
+    assert head_dims <= set(range(8, 257, 8))
+    assert len(head_dims) > 9
+
+
 @pytest.mark.parametrize(
     "condition",
     [
@@ -54,7 +74,11 @@ def test_cases_are_declared_and_have_inputs(declared: Capabilities) -> None:
 )
 def test_every_kind_of_case_is_found(condition) -> None:
     settings = hypothesis.settings(
-        max_examples=2000, deadline=None, derandomize=True, database=None
+        max_examples=2000,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[hypothesis.Phase.generate],  # any will do, be it the smallest or not
     )
     assert condition(hypothesis.find(legal_cases(EVERYTHING), condition, settings=settings))
 
@@ -63,10 +87,9 @@ def test_hypothesis_is_needed_only_for_the_strategy() -> None:
     code = """
 import sys
 sys.modules["hypothesis"] = None
-from flash_attention_registry.sdpa import Capabilities
 from flash_attention_testkit import case_grid, legal_cases, make_inputs
 try:
-    legal_cases(None)
+    legal_cases()
 except ModuleNotFoundError as error:
     print(error)
 """

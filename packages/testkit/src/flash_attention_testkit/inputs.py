@@ -24,6 +24,11 @@ OFFSET = 4.0
 """What is added to every key and value; half of it to the queries, so that scores shift one way:
 by 64 at head_dim 64."""
 
+MEAN = 2.0
+"""Mean of the values beside equal keys. The gradient of such a query is zero, and what a kernel
+returns is what out was rounded by; with a mean, out is as large in the many rows that see many keys
+as in the few that see few, and the largest error is not a matter of those alone."""
+
 LOUD = 8.0
 """How much larger the rows that see nothing are, so that it shows if they reach a gradient."""
 
@@ -55,12 +60,14 @@ def make_inputs(case: SdpaCase, seed: int, device: torch.device | str = "cpu") -
     The families, all but the first three with a standard deviation of 1:
 
     * ``std-0.3``, ``std-1``, ``std-3``: query and key of that standard deviation.
-    * ``peaked``: each query is four times a key that it sees, which gets nearly all its weight.
+    * ``peaked``: each query is four times a key that it sees, which gets nearly all its weight,
+      unless the case's scale is far from the usual.
     * ``offset``: keys and values have one large offset in common and scores are large; attention
       depends on their differences all the same.
     * ``one-hot-values``: queries are zero and key j has the value 1 in column ``j % head_dim``. So
       all weights are equal, and out shows which keys a row saw.
-    * ``equal-keys``: all keys of a head are one; every row weighs all that it sees equally.
+    * ``equal-keys``: all keys of a head are one, and values have a mean; every row weighs all that
+      it sees equally.
     * ``masked-rows``: rows that see no key have large queries and gradients, which must reach
       nothing.
 
@@ -172,6 +179,7 @@ def _one_hot_values(
 
 def _equal_keys(problem: Problem, key: Tensor, value: Tensor, generator: torch.Generator) -> None:
     key.copy_(key[:1].clone())
+    value.add_(MEAN)
 
 
 def _masked_rows(problem: Problem, key: Tensor, value: Tensor, generator: torch.Generator) -> None:
