@@ -6,11 +6,12 @@ from flash_attention_testkit.suite._base import ProviderTestsBase
 from flash_attention_testkit.suite.contract import ContractTests
 from flash_attention_testkit.suite.dispatch import DispatchTests
 from flash_attention_testkit.suite.parity import ParityTests
+from flash_attention_testkit.suite.robustness import RobustnessTests
 
 __all__ = ["ProviderTests"]
 
 
-class ProviderTests(ContractTests, DispatchTests, ParityTests, ProviderTestsBase):
+class ProviderTests(ContractTests, DispatchTests, ParityTests, RobustnessTests, ProviderTestsBase):
     """The standard tests of an implementation: subclass once, say its name, get them all.
 
     In the provider's repository, ``tests/test_standard.py``::
@@ -43,7 +44,10 @@ class ProviderTests(ContractTests, DispatchTests, ParityTests, ProviderTestsBase
       torch has: strides, shapes and dtypes of all results are as torch's meta functions declare
       them, arguments mean what they say, memory is shared with nobody, and what is declined gives
       torch's own bits. The CUDA ops are called without a GPU too, if the kernels take CPU tensors.
-    * **Parity**: out, lse and gradients of a grid of cases are as right as their dtype allows.
+    * **Parity**: out, lse and gradients of a grid of cases are as right as their dtype allows,
+      masks are exact, calls repeat.
+    * **Robustness**: any strides, numbers that are NaN or infinite, threads, streams and CUDA
+      graphs, autograd and compilers, a backward after another's forward.
 
     Which of it applies is read off the kernel set's own ``Capabilities``. What they declare has to
     work; what they do not declare has to be declined with a reason. An implementation that is not

@@ -122,7 +122,8 @@ def close(actual: Tensor, expected: Tensor, what: str) -> None:
     one, other = actual.double(), expected.double()
     assert one.shape == other.shape, f"{what}: its shape is {list(one.shape)}"
     differs = ~torch.isclose(one, other, atol=3e-2, rtol=3e-2)
-    assert not differs.any(), (
-        f"{what}: {int(differs.sum())} of {differs.numel()} elements differ, such as "
-        f"{one[differs][0]:.6g} and {other[differs][0]:.6g}"
-    )
+    if differs.any():
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} of {differs.numel()} elements differ, such as "
+            f"{one[differs][0]:.6g} and {other[differs][0]:.6g}"
+        )

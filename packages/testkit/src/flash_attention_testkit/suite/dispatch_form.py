@@ -118,7 +118,8 @@ class FormTests(OpTests):
         kept = [_bits(tensor) for tensor in first]
         other = problem(subject, op)
         call_op(op.forward, forward_arguments(op, replace(other, query=-2 * other.query)))
-        assert _all_equal([_bits(tensor) for tensor in first], kept)
+        unchanged = _all_equal([_bits(tensor) for tensor in first], kept)
+        assert unchanged, "a second call has written to what the first had returned"
 
     @every_differentiable_op
     def test_a_second_backward_leaves_the_firsts_gradients_alone(
@@ -131,7 +132,8 @@ class FormTests(OpTests):
         other = problem(subject, op)
         other = replace(other, grad_out=-2 * other.grad_out)
         call_op(name, backward_arguments(op, other, call_op))
-        assert _all_equal([_bits(tensor) for tensor in first], kept)
+        unchanged = _all_equal([_bits(tensor) for tensor in first], kept)
+        assert unchanged, "a second call has written to what the first had returned"
 
     @pytest.mark.parametrize("lies", ["rows first", "heads first", "in wider rows"])
     def test_given_out_is_written_as_it_lies(self, subject: Subject, lies: str) -> None:
@@ -191,10 +193,16 @@ def _form(value: Any) -> Any:
 
 def _assert_unchanged(name: str, arguments: Arguments, call_op: CallOp, skip: int = 0) -> None:
     __tracebackhide__ = True
-    given = tensors_in(arguments[0][skip:])
-    before = [_bits(tensor) for tensor in given]
+    schema = getattr(torch.ops.aten, name).default._schema
+    given = {
+        argument.name: value
+        for argument, value in zip(schema.arguments[skip:], arguments[0][skip:], strict=False)
+        if isinstance(value, Tensor)
+    }
+    before = {argument: _bits(value) for argument, value in given.items()}
     call_op(name, arguments)
-    assert _all_equal([_bits(tensor) for tensor in given], before), "an argument was written to"
+    written = [x for x, value in given.items() if not torch.equal(_bits(value), before[x])]
+    assert not written, f"aten::{name} has written to its arguments"
 
 
 def _assert_separate(arguments: Arguments, result: Any) -> None:
@@ -209,9 +217,11 @@ def _assert_separate(arguments: Arguments, result: Any) -> None:
             written.neg_()  # changes a bit of every number
         else:
             written.fill_(12345)
-        assert _all_equal([_bits(tensor) for tensor in others], before), (
-            "two tensors share memory: a result with another result, or with an argument"
-        )
+        if not _all_equal([_bits(tensor) for tensor in others], before):
+            raise AssertionError(
+                f"a result of shape {list(written.shape)} shares memory with another result, or "
+                "with an argument"
+            )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -57,11 +57,9 @@ class MeaningTests(OpTests):
         self, subject: Subject, op: Op, call_op: CallOp
     ) -> None:
         """No mask, no dropout, a scale of ``head_dim ** -0.5``."""
-        inputs = problem(subject, op)
-        spelt_out = with_options(inputs, scale=inputs.query.shape[-1] ** -0.5)
-        arguments = forward_arguments(op, spelt_out)
+        arguments = forward_arguments(op, _with_spelt_out_scale(problem(subject, op)))
         expected = _forward(op, arguments, call_op)
-        short = without_defaults(op.forward, forward_arguments(op, inputs))
+        short = without_defaults(op.forward, forward_arguments(op, problem(subject, op)))
         _assert_same(_forward(op, short, call_op), expected)
 
     @every_differentiable_op
@@ -71,10 +69,10 @@ class MeaningTests(OpTests):
         """Likewise for gradients."""
         skip_unless_declared(subject, "backward")
         assert op.backward is not None
-        inputs = problem(subject, op)
-        spelt_out = with_options(inputs, scale=inputs.query.shape[-1] ** -0.5)
+        spelt_out = _with_spelt_out_scale(problem(subject, op))
         expected = call_op(op.backward, backward_arguments(op, spelt_out, call_op))
-        short = without_defaults(op.backward, backward_arguments(op, inputs, call_op))
+        arguments = backward_arguments(op, problem(subject, op), call_op)
+        short = without_defaults(op.backward, arguments)
         _assert_same(call_op(op.backward, short), expected)
 
     @every_op
@@ -83,7 +81,7 @@ class MeaningTests(OpTests):
         self, subject: Subject, op: Op, call_op: CallOp, factor: float
     ) -> None:
         """A factor on the scale is a factor on the query: zero and negative ones too."""
-        on_scale, on_query = _with_factor(problem(subject, op), factor)
+        on_scale, on_query = _with_factor(subject, op, factor)
         actual = _forward(op, forward_arguments(op, on_scale), call_op)
         _assert_same(actual, _forward(op, forward_arguments(op, on_query), call_op))
 
@@ -95,10 +93,11 @@ class MeaningTests(OpTests):
         """The same for gradients, of which that of the query has the factor once more."""
         skip_unless_declared(subject, "backward")
         assert op.backward is not None
-        on_scale, on_query = _with_factor(problem(subject, op), factor)
-        actual = call_op(op.backward, backward_arguments(op, on_scale, call_op))
-        expected = list(call_op(op.backward, backward_arguments(op, on_query, call_op)))
-        _assert_same(actual, (factor * expected[0], *expected[1:]))
+        on_scale, on_query = _with_factor(subject, op, factor)
+        results = call_op(op.backward, backward_arguments(op, on_scale, call_op))
+        actual = [grad.clone() for grad in results]
+        dq, dk, dv = call_op(op.backward, backward_arguments(op, on_query, call_op))
+        _assert_same(actual, (factor * dq, dk, dv))
 
     @every_general_op
     @pytest.mark.parametrize("said", list(NO_WINDOWS))
@@ -107,10 +106,9 @@ class MeaningTests(OpTests):
     ) -> None:
         """None, a negative bound and a bound beyond every key are one."""
         left, right = NO_WINDOWS[said]
-        inputs = problem(subject, op)
-        bounded = with_options(inputs, window_left=left, window_right=right)
+        bounded = with_options(problem(subject, op), window_left=left, window_right=right)
         actual = _forward(op, forward_arguments(op, bounded), call_op)
-        _assert_same(actual, _forward(op, forward_arguments(op, inputs), call_op))
+        _assert_same(actual, _forward(op, forward_arguments(op, problem(subject, op)), call_op))
 
     @every_op
     @every_length
@@ -164,8 +162,11 @@ class MeaningTests(OpTests):
         inputs = problem(subject, op, lengths="more rows", options={"causal": True})
         out, lse = _forward(op, forward_arguments(op, inputs), call_op)
         rows = slice(0, 2)  # of 7, with 5 keys
-        assert (out[rows] if op.packed else out[:, rows]).eq(0).all()
-        assert (lse[..., rows] == op.lse_of_empty_rows).all()
+        found = out[rows] if op.packed else out[:, rows]
+        assert not found.any(), f"their out is not 0, but such as {found.flatten()[0]:.3g}"
+        found = lse[..., rows]
+        expected = torch.full_like(found, op.lse_of_empty_rows)
+        assert torch.equal(found, expected), f"their lse is such as {found.flatten()[0]:.3g}"
 
     @pytest.mark.parametrize("value", [-math.inf, 0.0, math.inf])
     def test_lse_of_rows_without_keys_is_the_calls(self, subject: Subject, value: float) -> None:
@@ -178,34 +179,41 @@ class MeaningTests(OpTests):
         assert (lse[..., :2] == value).all()
 
     @every_differentiable_op
-    @pytest.mark.parametrize("lies", ["expanded", "columns-first"])
+    @pytest.mark.parametrize("lies", ["expanded", "columns-first", "heads-swapped"])
     def test_gradients_do_not_depend_on_how_grad_out_lies(
         self, subject: Subject, op: Op, call_op: CallOp, lies: str
     ) -> None:
         """``out.sum().backward()`` brings one number for all, transposed losses any strides."""
         skip_unless_declared(subject, "backward")
         assert op.backward is not None
-        positional, keywords = backward_arguments(op, problem(subject, op), call_op)
-        grad_out = positional[0]
+        (grad_out, *others), keywords = backward_arguments(op, problem(subject, op), call_op)
         if lies == "expanded":
             strided = grad_out.new_full((), 0.5).expand(grad_out.shape)
-        else:
+        elif lies == "columns-first":
             strided = grad_out.mT.contiguous().mT
-        actual = call_op(op.backward, ((strided, *positional[1:]), keywords))
-        plain = strided.clone(memory_format=torch.contiguous_format)
-        expected = call_op(op.backward, ((plain, *positional[1:]), keywords))
-        _assert_same(actual, expected)
+        else:
+            strided = grad_out.transpose(-3, -2).clone(memory_format=torch.contiguous_format)
+            strided = strided.transpose(-3, -2)
+        plain = grad_out.copy_(strided)
+        expected = call_op(op.backward, ((plain, *others), keywords))
+        (_, *others), _ = backward_arguments(op, problem(subject, op), call_op)
+        _assert_same(call_op(op.backward, ((strided, *others), keywords)), expected)
 
 
 def _forward(op: Op, arguments: Arguments, call_op: CallOp) -> tuple[Tensor, Tensor]:
     return out_and_lse(op, arguments, call_op(op.forward, arguments))
 
 
-def _with_factor(inputs: SdpaInputs, factor: float) -> tuple[SdpaInputs, SdpaInputs]:
+def _with_spelt_out_scale(inputs: SdpaInputs) -> SdpaInputs:
+    return with_options(inputs, scale=inputs.query.shape[-1] ** -0.5)
+
+
+def _with_factor(subject: Subject, op: Op, factor: float) -> tuple[SdpaInputs, SdpaInputs]:
     """A problem with a factor on its scale, and the same with the factor on its query."""
-    scale = inputs.query.shape[-1] ** -0.5
-    on_query = replace(inputs, query=inputs.query * factor)
-    return with_options(inputs, scale=factor * scale), with_options(on_query, scale=scale)
+    on_scale, on_query = problem(subject, op), problem(subject, op)
+    scale = on_scale.query.shape[-1] ** -0.5
+    on_query = replace(on_query, query=on_query.query * factor)
+    return with_options(on_scale, scale=factor * scale), with_options(on_query, scale=scale)
 
 
 def _assert_same(actual: Any, expected: Any) -> None:
@@ -228,13 +236,16 @@ def _assert_sees(
     out, _ = _forward(op, forward_arguments(op, inputs), call_op)
     for rows, keys, queries in _sequences(op, inputs, out):
         seen = queries[..., :keys] > 0  # [..., rows, heads, keys]
-        assert not queries[..., keys:].any(), "out has what is no value of a key"
+        if (queries[..., keys:] > 0).any():
+            raise AssertionError("out has what is the value of no key")
         expected = _visible(rows, keys, bounds).to(seen.device)
-        wrong = (seen != expected[:, None, :]).nonzero()
-        assert not len(wrong), (
-            f"of {rows} rows and {keys} keys, row {int(wrong[0][-3])} of head {int(wrong[0][-2])} "
-            f"{'sees' if seen[tuple(wrong[0])] else 'does not see'} key {int(wrong[0][-1])}"
-        )
+        wrong = (seen != expected[:, None, :]).nonzero().tolist()
+        if wrong:
+            *batch, row, head, key = wrong[0]
+            sees = "sees" if seen[(*batch, row, head, key)] else "does not see"
+            raise AssertionError(
+                f"of {rows} rows and {keys} keys, row {row} of head {head} {sees} key {key}"
+            )
 
 
 def _sequences(op: Op, inputs: SdpaInputs, out: Tensor) -> Iterator[tuple[int, int, Tensor]]:
