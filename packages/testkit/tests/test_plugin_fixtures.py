@@ -245,6 +245,26 @@ def test_modules_first_imported_without_torch_are_forgotten(
     pytester.runpytest("-p", "no:cacheprovider").assert_outcomes(passed=2)
 
 
+def test_what_runs_the_test_may_load_parts_of_itself_without_torch(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(
+        """
+    import sys
+
+    def test_first(no_torch):
+        assert "hypothesis" not in sys.modules
+        import hypothesis
+        sys.kit_hypothesis = hypothesis
+
+    def test_second():
+        import hypothesis
+        assert hypothesis is sys.kit_hypothesis
+    """
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=2)
+
+
 def test_compiled_modules_first_imported_without_torch_stay(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from types import ModuleType
 
+TEST_TOOLS = frozenset({"_pytest", "execnet", "hypothesis", "pluggy", "pytest", "xdist"})
+"""What runs the test and may load parts of itself meanwhile, without a thought of torch."""
+
 
 @contextmanager
 def without_torch() -> Iterator[None]:
     """Let ``import torch`` raise ``ModuleNotFoundError``, then put ``sys.modules`` back.
 
     Modules that were imported meanwhile are forgotten, because they may have settled for a world
-    without torch. Those of Python itself stay, and so does a package that has compiled modules,
-    which cannot be loaded twice.
+    without torch. Those of Python itself and of what runs the test stay, and so does a package
+    that has compiled modules, which cannot be loaded twice.
     """
     before = dict(sys.modules)
     for name in before:
@@ -33,8 +36,9 @@ def without_torch() -> Iterator[None]:
 
 def _forget(new: set[str]) -> None:
     compiled = {_top(name) for name in new if _is_compiled(sys.modules[name])}
+    kept = compiled | TEST_TOOLS | sys.stdlib_module_names
     for name in new:
-        if _top(name) in compiled or _top(name) in sys.stdlib_module_names:
+        if _top(name) in kept:
             continue
         module = sys.modules.pop(name)
         package, _, last = name.rpartition(".")
