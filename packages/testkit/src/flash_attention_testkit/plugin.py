@@ -33,6 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("quick", "standard", "exhaustive"),
         help="the cases of ProviderTests (default: quick on a CPU, standard on a GPU)",
     )
+    group.addoption(
+        "--flash-attention-seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="whence the random numbers of ProviderTests come; 0 by default",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

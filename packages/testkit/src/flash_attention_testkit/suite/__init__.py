@@ -65,4 +65,5 @@ class ProviderTests(ContractTests, DispatchTests, ParityTests, RobustnessTests, 
 
     ``--flash-attention-grid`` chooses the cases: ``quick`` (by default on a CPU), ``standard`` (by
     default where there is a GPU) or ``exhaustive``.
+    ``--flash-attention-seed`` gives them other numbers.
     """

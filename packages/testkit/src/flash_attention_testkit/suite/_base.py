@@ -73,7 +73,8 @@ class ProviderTestsBase:
         for device_type in ("cuda", "cpu"):
             if device_type in serving and (device_type == "cpu" or torch.cuda.is_available()):
                 device = torch.device(device_type)
-                return Subject(provider, serving[device_type], device)
+                seed = pytestconfig.getoption("flash_attention_seed")
+                return Subject(provider, serving[device_type], device, seed)
         reason = f"{provider} serves {', '.join(serving)} only, and torch finds no such device"
         if asked_for:
             pytest.fail(reason)

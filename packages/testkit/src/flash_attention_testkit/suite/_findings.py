@@ -17,8 +17,6 @@ from flash_attention_testkit.parity import ParityReport, ParityRule, TensorParit
 from flash_attention_testkit.reference import SdpaResult
 from flash_attention_testkit.suite._subject import Subject, call_of, run_kernels
 
-SEED = 0
-
 FP32_RULE = ParityRule(k_max=25.0, k_rms=6.0, k_local=25.0)
 """For float32 inputs. The faithful reference sums exactly, and the sums are all that a kernel errs
 by then: one in plain float32 needed factors of 11.6, 2.2 and 9.2 over 640 cases."""
@@ -37,9 +35,14 @@ def references_of(inputs: SdpaInputs) -> References:
 
 
 @lru_cache(maxsize=256)
-def references_of_case(case: SdpaCase, device: torch.device) -> References:
+def references_of_case(case: SdpaCase, seed: int, device: torch.device) -> References:
     """Both references of a case. Inputs are not kept beside them: a kernel might write there."""
-    return references_of(make_inputs(case, SEED, device))
+    return references_of(make_inputs(case, seed, device))
+
+
+def inputs_of(subject: Subject, case: SdpaCase) -> SdpaInputs:
+    """The tensors of a case for a subject, made anew."""
+    return make_inputs(case, subject.seed, subject.device)
 
 
 def named(result: SdpaResult) -> dict[str, Tensor]:
@@ -67,7 +70,7 @@ class Findings:
 
         Args:
             subject: Declares the case.
-            case: Its inputs are those of ``SEED``.
+            case: Its inputs are those of the subject's seed.
             name: ``out``, ``lse``, ``dq``, ``dk`` or ``dv``.
 
         Raises:
@@ -88,16 +91,16 @@ class Findings:
     @staticmethod
     def _measured_forward(subject: Subject, case: SdpaCase) -> dict[str, TensorParity]:
         __tracebackhide__ = True
-        result = run_kernels(subject, make_inputs(case, SEED, subject.device), grads=False)
+        result = run_kernels(subject, inputs_of(subject, case), grads=False)
         return _measured(case, subject, {"out": result.out, "lse": result.lse})
 
     @staticmethod
     def _measured_backward(subject: Subject, case: SdpaCase) -> dict[str, TensorParity]:
         """A backward of the faithful reference's forward: it is not to blame for the subject's."""
         __tracebackhide__ = True
-        faithful = references_of_case(case, subject.device).faithful
+        faithful = references_of_case(case, subject.seed, subject.device).faithful
         assert faithful.lse is not None
-        inputs = make_inputs(case, SEED, subject.device)
+        inputs = inputs_of(subject, case)
         call = call_of(inputs)
         reason = subject.kernel_set.supports(call)
         assert reason is None, f"{subject.name} declines a call that it has to serve: {reason}"
@@ -114,7 +117,8 @@ _KEY = pytest.StashKey[Findings]()
 def _measured(
     case: SdpaCase, subject: Subject, tensors: Mapping[str, Tensor | None]
 ) -> dict[str, TensorParity]:
-    references, rule = references_of_case(case, subject.device), rule_of(case.dtype)
+    references = references_of_case(case, subject.seed, subject.device)
+    rule = rule_of(case.dtype)
     return {name: references.compare(name, tensor, rule) for name, tensor in tensors.items()}
 
 

@@ -33,11 +33,13 @@ class Subject:
         name: The implementation's name.
         kernel_set: What it has installed for ``device``.
         device: Where it is tested: a CUDA device if it serves one that is there, else the CPU.
+        seed: Of the numbers that it is tested with.
     """
 
     name: str
     kernel_set: KernelSet
     device: torch.device
+    seed: int = 0
 
     @property
     def capabilities(self) -> Capabilities:
@@ -136,7 +138,7 @@ def usual_form(subject: Subject) -> tuple[int, torch.dtype]:
 def plain_inputs(subject: Subject, *, rows: int = 33) -> SdpaInputs:
     """What every kernel set has to serve: a dense batch, no mask, as many heads for all."""
     case = SdpaCase(2, 2, 2, rows, rows, *usual_form(subject))
-    return make_inputs(case, 0, subject.device)
+    return make_inputs(case, subject.seed, subject.device)
 
 
 def assert_serves(subject: Subject) -> None:

@@ -104,7 +104,7 @@ def problem(
         "dtype": dtype,
         "lengths": pairs if packed else None,
     }
-    inputs = make_inputs(SdpaCase(**(measures | changes)), 0, subject.device)
+    inputs = make_inputs(SdpaCase(**(measures | changes)), subject.seed, subject.device)
     return with_options(inputs, **(options or {}))
 
 

@@ -26,7 +26,7 @@ def problem(subject: Subject, *, seed: int = 0, **changes: Any) -> SdpaInputs:
 
     Args:
         subject: For what it declares.
-        seed: Of the numbers.
+        seed: Tells problems of one test apart.
         **changes: Of the case, which otherwise is a dense batch of two sequences of 70 rows and
             97 keys without a mask, with grouped heads if these are declared. ``lengths`` alone
             makes it packed.
@@ -43,7 +43,7 @@ def problem(subject: Subject, *, seed: int = 0, **changes: Any) -> SdpaInputs:
     missing = sorted(case.features - subject.capabilities.features)
     if missing:
         pytest.skip(f"{subject.name} does not declare {', '.join(missing)}")
-    return make_inputs(case, seed, subject.device)
+    return make_inputs(case, subject.seed + seed, subject.device)
 
 
 def masked(subject: Subject, **options: Any) -> AttentionOptions:
