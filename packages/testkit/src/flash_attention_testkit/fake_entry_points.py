@@ -58,6 +58,7 @@ class FakeEntryPoints:
         entry_points: Mapping[str, Mapping[str, str]],
         *,
         version: str = "1.0",
+        requires: Iterable[str] = (),
         modules: Mapping[str, str] | None = None,
     ) -> None:
         """Let a distribution appear.
@@ -66,6 +67,7 @@ class FakeEntryPoints:
             name: The distribution's name.
             entry_points: Its entry points by group: ``{"group": {"name": "module:attribute"}}``.
             version: Its version.
+            requires: What it requires, such as ``"flash-attention-registry>=0.1,<0.2"``.
             modules: Source text of the modules that it has, by name.
 
         Raises:
@@ -74,6 +76,7 @@ class FakeEntryPoints:
         info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
         (info / "METADATA").write_text(_lines(metadata), encoding="utf-8")
         lines: list[str] = []
         for group, points in entry_points.items():
