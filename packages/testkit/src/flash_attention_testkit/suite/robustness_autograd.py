@@ -67,6 +67,18 @@ class AutogradTests(ProviderTestsBase):
             second = torch.autograd.grad(out, leaves, inputs.grad_out)
         assert_same(dict(zip(GRADIENTS, second, strict=True)), kept, inputs)
 
+    def test_another_forward_may_come_before_the_backward(self, subject: Subject) -> None:
+        """As in a model of two layers: nothing is kept beside what autograd saves."""
+        inputs, other = _differentiable(subject), problem(subject, seed=1)
+        expected = _step(subject, inputs, attend)
+        leaves = _leaves(inputs)
+        with _flash(), served(subject, 3):
+            out = attend(*leaves)
+            attend(*_leaves(other))
+            grads = torch.autograd.grad(out, leaves, inputs.grad_out)
+        found = {"out": out.detach(), **dict(zip(GRADIENTS, grads, strict=True))}
+        assert_same(found, expected, inputs)
+
     def test_loss_may_be_a_sum(self, subject: Subject) -> None:
         """Its gradient is one number expanded to the shape of out."""
         inputs = _differentiable(subject)

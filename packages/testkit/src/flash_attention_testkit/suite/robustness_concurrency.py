@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,20 +35,14 @@ class ConcurrencyTests(ProviderTestsBase):
         """Two threads call the kernel set at once, each with its own problem."""
         problems = [_problem(subject, seed, size) for seed, size in enumerate((97, 130))]
         expected = [run(subject, inputs) for inputs in problems]
-        found: list[list[dict[str, Tensor]]] = [[], []]
         ready = threading.Barrier(2)
 
-        def work(number: int) -> None:
+        def work(inputs: SdpaInputs) -> list[dict[str, Tensor]]:
             ready.wait()
-            for _ in range(TURNS):
-                found[number].append(run(subject, problems[number]))
+            return [run(subject, inputs) for _ in range(TURNS)]
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert [len(results) for results in found] == [TURNS, TURNS], "a call raised in its thread"
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(work, problems))
         for inputs, results, right in zip(problems, found, expected, strict=True):
             for result in results:
                 assert_same(result, right, inputs)
