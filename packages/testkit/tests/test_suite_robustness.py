@@ -198,7 +198,8 @@ class CountsEmptySequencesAway(PlainKernelSet):
         first = torch.searchsorted(call.cu_seqlens_query[1:-1], rows, right=False)
         at_start = (rows[:, None] == call.cu_seqlens_query[1:-1]).any(-1)
         same = (first + at_start)[:, None] == _sequence_of(keys, call.cu_seqlens_key[1:-1])
-        return same & (keys < call.cu_seqlens_key[-1])
+        ends = call.cu_seqlens_query[-1], call.cu_seqlens_key[-1]
+        return same & (rows < ends[0])[:, None] & (keys < ends[1])
 
 
 class ReadsBehindTheLastSequence(PlainKernelSet):
