@@ -55,7 +55,8 @@ class PlainKernelSet:
             rescale = self.rescale(top, higher)
             total = total * rescale + weights.sum(-1, keepdim=True)
             weights = self.rounded(call, weights)
-            out = out * rescale + self.product(weights, value[..., keys, :], visible[:, keys])
+            block = self.product(weights, value[..., keys, :], visible[:, keys])
+            out = self.accumulated(call, out * rescale, block)
             top = higher
         out = self.normalised(out, total)
         return self.store_out(call, out), self.store_lse(call, self.lse(call, top, total))
@@ -176,6 +177,10 @@ class PlainKernelSet:
             return weights @ values
         spoilt = visible.float() @ (~finite).float() > 0
         return (weights @ values.where(finite, 0.0)).masked_fill(spoilt, torch.nan)
+
+    def accumulated(self, call: AttentionCall, out: Tensor, block: Tensor) -> Tensor:
+        """Out up to the last block and what this one adds, both under its highest score."""
+        return out + block
 
     def normalised(self, out: Tensor, total: Tensor) -> Tensor:
         """Out; 0 in rows without keys."""

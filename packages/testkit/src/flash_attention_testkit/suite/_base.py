@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import ClassVar, cast, get_args
 
 import pytest
 import torch
 
-from flash_attention_registry import ImplUnavailableError, Registry
+from flash_attention_registry import ImplUnavailableError, Registry, RestoreError
 from flash_attention_registry.environment import DISABLE, IMPL, STRICT
-from flash_attention_registry.sdpa import installed_kernel_sets, reset_dispatch_counts
+from flash_attention_registry.sdpa import install, installed_kernel_sets, reset_dispatch_counts
 from flash_attention_testkit.grids import GridName, case_grid
 from flash_attention_testkit.plugin import why_no_gpu
 from flash_attention_testkit.suite._subject import Subject
@@ -46,12 +47,22 @@ class ProviderTestsBase:
     def registry(
         self, flash_attention_registry_reset: Registry, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[Registry]:
-        """The process's registry on stock, as if the user's environment asked for nothing."""
+        """The process's registry on stock, as if the user's environment asked for nothing.
+
+        Kernels that a handle should have removed are gone after a test too: that they stayed is to
+        be found by the tests that are about it, and not by all.
+        """
         for variable in (IMPL, STRICT, DISABLE):
             monkeypatch.delenv(variable, raising=False)
         flash_attention_registry_reset.restore_if_active()
         reset_dispatch_counts()
+        before = installed_kernel_sets()
         yield flash_attention_registry_reset
+        with suppress(RestoreError):
+            flash_attention_registry_reset.restore_if_active()
+        for device_type, kernel_set in installed_kernel_sets().items():
+            if kernel_set is not before.get(device_type):
+                install(kernel_set, device_type).remove()
         reset_dispatch_counts()
 
     @pytest.fixture
