@@ -47,6 +47,14 @@ class ConcurrencyTests(ProviderTestsBase):
             for result in results:
                 assert_same(result, right, inputs)
 
+    def test_results_are_of_what_the_inputs_hold_now(self, subject: Subject) -> None:
+        """Other numbers in the same tensors give other results: nothing is kept by address."""
+        given, other = (problem(subject, seed=seed) for seed in range(2))
+        expected = run(subject, other)
+        run(subject, given)
+        _copy(other, given)
+        assert_same(run(subject, given), expected, other)
+
     def test_kernels_wait_for_what_their_stream_waits_for(self, subject: Subject) -> None:
         """A stream that is not the default one makes the inputs and is busy with it."""
         needs_cuda(subject)
