@@ -101,7 +101,7 @@ def test_a_request_is_settled_after_another_thread_has_loaded_a_provider(install
 
     other = Elsewhere(load)
     asked("b")
-    installed.discovery._entries = {"b": None, **installed.discovery.entries()}
+    installed.discovery.entries()["b"] = None
     installed.request.honour(lambda: pytest.fail("nothing needs CUDA"))
     assert (installed.current(), installed.request.pending) == (None, ("b",))
     installed.discovery.refresh()

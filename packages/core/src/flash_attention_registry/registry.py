@@ -282,6 +282,8 @@ class Registry:
         for name in self.discovery.entries():
             if name not in self._registrations:
                 add_note(error, f"{name!r} could not be loaded: {self._why_not_loaded(name)}")
+        for text in self.discovery.unreadable():
+            add_note(error, text)
         raise error
 
     def _activate_exactly(self, registration: Registration, turn: Turn) -> None:
