@@ -171,6 +171,18 @@ def test_a_torch_that_cannot_be_imported_is_a_problem(ready, broken_torch):
     assert len(diagnosis.implementations) == 3
 
 
+def test_a_torch_whose_import_ends_the_program_is_a_problem(ready, broken_torch):
+    broken_torch(SystemExit(3))
+    (problem,) = doctor.diagnose().problems
+    assert problem == "torch cannot be imported: SystemExit: 3"
+
+
+def test_an_interrupt_while_torch_is_imported_goes_through(ready, broken_torch):
+    broken_torch(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        doctor.diagnose()
+
+
 def test_a_module_that_torch_lacks_is_not_torch(ready, broken_torch):
     broken_torch(ModuleNotFoundError("No module named 'sympy'", name="sympy"))
     assert "No module named 'sympy'" in doctor.diagnose().torch_problem
@@ -270,6 +282,16 @@ def test_a_value_that_cannot_be_understood_is_a_problem(
     assert variable.meaning is None
     assert diagnosis.problems == (variable.problem,)
     assert any(variable.problem in line for line in section(diagnosis, "Environment"))
+
+
+def test_a_value_that_cannot_be_understood_is_why_nothing_is_active(ready, torch_side, monkeypatch):
+    monkeypatch.setenv(IMPL, "good")
+    monkeypatch.setenv(f"{IMPL}_STRICT", "maybe")
+    monkeypatch.setattr(autoload, "_called", True)
+    diagnosis = doctor.diagnose()
+    assert diagnosis.request.reasons == {
+        "good": "usable, but not active, because an environment variable cannot be understood"
+    }
 
 
 # What became of the request

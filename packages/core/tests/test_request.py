@@ -241,9 +241,30 @@ def test_a_value_that_cannot_be_understood_is_an_error_in_a_strict_environment(a
         abc.request.honour(never)
 
 
-def test_strictness_that_cannot_be_understood_is_not_taken_for_yes(abc, asked):
-    asked("nobody", strict="maybe")
-    with pytest.warns(RegistryWarning, match="'nobody'"):
+@pytest.mark.parametrize("impl", ["", "a", "nobody"])
+def test_strictness_that_cannot_be_understood_is_not_taken_for_yes(abc, asked, impl):
+    asked(impl, strict="maybe")
+    with pytest.warns(RegistryWarning, match=r"_STRICT='maybe' is neither yes nor no") as given:
+        abc.request.honour(never)
+    assert len(given) == 1
+    assert abc.current() is None
+
+
+@pytest.mark.parametrize("impl", ["", "a"])
+def test_names_to_disable_that_cannot_be_read_are_a_warning(abc, asked, monkeypatch, impl):
+    asked(impl)
+    monkeypatch.setenv(environment.DISABLE, "b,,c")
+    with pytest.warns(RegistryWarning, match=r"_DISABLE='b,,c' has an empty place") as given:
+        abc.request.honour(never)
+    assert len(given) == 1
+    assert abc.current() is None
+
+
+@pytest.mark.parametrize("impl", ["", "a"])
+def test_they_are_an_error_in_a_strict_environment(abc, asked, monkeypatch, impl):
+    asked(impl, strict="1")
+    monkeypatch.setenv(environment.DISABLE, "b,,c")
+    with pytest.raises(EnvironmentVariableError, match=r"_DISABLE='b,,c' has an empty place"):
         abc.request.honour(never)
 
 

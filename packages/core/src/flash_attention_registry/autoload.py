@@ -12,9 +12,13 @@ where `my_package_autoload` is a module beside the package that holds nothing bu
     def autoload():
         try:
             from flash_attention_registry.autoload import autoload
-        except ImportError:
-            return
-        autoload()
+        except Exception as error:  # this package is gone or damaged
+            ...
+        else:
+            autoload()
+
+In the place of the dots it says so if `FLASH_ATTENTION_IMPL` asks for something, and raises if
+`FLASH_ATTENTION_IMPL_STRICT` is set as well; `fa4_triton_autoload` is an example.
 
 Torch ends with an error if an entry point cannot be loaded, so it must not be in the package, nor
 in this one: either may be gone while the other's metadata is still there. Torch calls no entry
@@ -39,7 +43,7 @@ def autoload() -> None:
     unless `FLASH_ATTENTION_IMPL_STRICT` is set.
 
     Raises:
-        EnvironmentVariableError: `FLASH_ATTENTION_IMPL` cannot be understood, in a strict
+        EnvironmentVariableError: A variable of this package cannot be understood, in a strict
             environment.
         RequestUnavailableError: Nothing that it asks for could be activated, in a strict
             environment.

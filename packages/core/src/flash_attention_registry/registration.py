@@ -155,7 +155,7 @@ def _ask(what: str, check: ReasonCheck | None) -> str | None:
         answer: object = check()
     except CudaNeededError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # nothing that is asked ends the program
         return f"{what} check raised {describe(error)}"
     if answer is None:
         return None

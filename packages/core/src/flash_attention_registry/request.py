@@ -83,11 +83,13 @@ class EnvironmentRequest(ForkSensitive):
                 attention call on a GPU.
 
         Raises:
-            EnvironmentVariableError: The value cannot be understood, in a strict environment.
+            EnvironmentVariableError: The value of it or of another variable of this package cannot
+                be understood, in a strict environment.
             RequestUnavailableError: Nothing could be activated, in a strict environment.
         """
         self._await_first_call = await_first_call
         try:
+            environment.check()  # the other variables too: who set one wants to know
             wanted = environment.requested()
         except EnvironmentVariableError as error:
             _raise_or_warn(error)
@@ -179,7 +181,7 @@ class EnvironmentRequest(ForkSensitive):
 
     def _activate_first(self) -> None:
         reasons: dict[str, str] = {}
-        failure: Exception | None = None
+        failure: Exception | SystemExit | None = None
         for name in self._pending:
             try:
                 if name == NATIVE:
@@ -188,10 +190,11 @@ class EnvironmentRequest(ForkSensitive):
                     self._registry.activate(name)
             except (CudaNeededError, BusyError, RegistryWarning, RestoreError):
                 raise  # the last two, a warning by a filter, come after the activation
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # an implementation must not end the program
                 failure = error
+                text = text_of(error) if isinstance(error, Exception) else describe(error)
                 # An unknown name has notes, on providers that could not be loaded.
-                reasons[name] = ". ".join([text_of(error), *getattr(error, "__notes__", ())])
+                reasons[name] = ". ".join([text, *getattr(error, "__notes__", ())])
             else:
                 return
         if failure is not None:

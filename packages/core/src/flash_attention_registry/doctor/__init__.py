@@ -123,7 +123,7 @@ def import_torch() -> TorchImport:
     """Import torch, which also honours `FLASH_ATTENTION_IMPL` where a provider is installed."""
     try:
         import_module("torch")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             return TorchImport("torch is not installed", missing=True)
         chain: list[BaseException] = [error]

@@ -85,7 +85,7 @@ def _typical_call(kind: CallKind, device_type: str) -> TypicalCall:
             query, mask = query_of(kind, device_type), _mask(kind, device_type)
             backend = backend_of(kind, query, mask)
             kernel, reason = _kernel(kind, query, mask, backend)
-    except Exception as error:  # such as a GPU without memory to spare
+    except (Exception, SystemExit) as error:  # such as a GPU without memory to spare
         return TypicalCall(kind.name, device_type, None, None, describe(error))
     return TypicalCall(kind.name, device_type, backend, kernel, reason)
 
