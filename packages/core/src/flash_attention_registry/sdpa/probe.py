@@ -24,6 +24,7 @@ from . import router
 from .capabilities import KernelSet
 from .ops import ROUTED_OPS
 from .serving import ActiveKernels
+from .torch_internals import chosen_backend
 
 __all__ = [
     "CAUSAL",
@@ -122,17 +123,9 @@ def _mask(kind: CallKind, device_type: str) -> Tensor | None:
 
 
 def backend_of(kind: CallKind, query: Tensor, mask: Tensor | None) -> str | None:
-    """Name the backend that torch chooses; None if this torch no longer tells it.
-
-    The function is private to torch, and there is no public one.
-    """
-    try:
-        chosen = torch._fused_sdp_choice(
-            query, query, query, mask, dropout_p=kind.dropout_p, is_causal=kind.causal
-        )
-        return str(SDPBackend(chosen).name)
-    except (AttributeError, TypeError, ValueError):
-        return None
+    """Name the backend that torch chooses; None if this torch does not tell."""
+    chosen = chosen_backend(query, mask, kind.dropout_p, kind.causal)
+    return None if chosen is None else str(SDPBackend(chosen).name)
 
 
 def _kernel(
