@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -240,6 +241,16 @@ def test_explain_asks_nobody_if_a_strict_environment_ended_the_import_of_torch(
     monkeypatch.setattr(doctor, "import_module", lambda name: failing(ended)())
     assert cli.main(["explain"]) == 1
     assert capsys.readouterr().err == "flash-attention: FLASH_ATTENTION_IMPL=best: broken\n"
+
+
+def test_explain_asks_nobody_after_an_import_of_torch_that_failed_late(
+    family, capsys, failing, monkeypatch
+):
+    family.register("asked", register_fn=len, availability=pytest.fail)
+    monkeypatch.setattr(doctor, "import_module", lambda name: failing(OSError("a hook"))())
+    monkeypatch.setitem(sys.modules, "torch._C", ModuleType("torch._C"))
+    assert cli.main(["explain", "--json"]) == 1
+    assert documents(capsys)["error"].startswith("torch cannot be imported: OSError: a hook. torch")
 
 
 # doctor

@@ -171,6 +171,19 @@ def test_a_torch_that_cannot_be_imported_is_a_problem(ready, broken_torch):
     assert len(diagnosis.implementations) == 3
 
 
+def test_nobody_is_asked_after_an_import_that_failed_late(ready, broken_torch, monkeypatch):
+    """Whoever imported torch again would report that it cannot be imported twice."""
+    ready.register("asked", register_fn=len, availability=pytest.fail)
+    broken_torch(RuntimeError("a hook failed"))
+    monkeypatch.setitem(sys.modules, "torch._C", ModuleType("torch._C"))
+    diagnosis = doctor.diagnose()
+    assert diagnosis.implementations == ()
+    assert diagnosis.problems == ("torch cannot be imported: RuntimeError: a hook failed",)
+    (told,) = section(diagnosis, "Implementations")
+    assert told.startswith("torch cannot be imported a second time")
+    assert told.endswith("Repair that to see them.")
+
+
 def test_a_torch_whose_import_ends_the_program_is_a_problem(ready, broken_torch):
     broken_torch(SystemExit(3))
     (problem,) = doctor.diagnose().problems
@@ -387,7 +400,7 @@ def waiting(ready, kernels, torch_side, monkeypatch):
 
         ready.register("gpu", register_fn=kernels.installer("gpu"), availability=availability)
         monkeypatch.setenv(IMPL, "gpu")
-        ready.request.honour(lambda: None)
+        ready.request.honour(lambda *_: None)
         assert ready.request.pending == ("gpu",)
 
     return wait

@@ -212,11 +212,14 @@ def _explain(options: argparse.Namespace) -> _Answer:
     environment.check()
     # Before anything is asked, as in a program: torch's own implementations are known then, and
     # what the environment asks for is active.
-    refusal = import_torch().refusal
-    if refusal is not None:
-        raise refusal
-    reports: Sequence[ImplReport] = explain_flash_attention_impls()
+    imported = import_torch()
     unreadable = default_registry().discovery.unreadable()
+    if imported.refusal is not None:
+        raise imported.refusal
+    if imported.why_not_again() is not None:
+        told = [f"{imported.problem}. {imported.why_not_again()}", *unreadable]
+        raise FlashAttentionRegistryError("\n".join(told))
+    reports: Sequence[ImplReport] = explain_flash_attention_impls()
     name, reason, taken, verdict = options.name, None, None, []
     if name is not None:
         reason, taken = why_not_usable(name, reports), would_take(name, reports)
