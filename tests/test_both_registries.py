@@ -26,6 +26,7 @@ from flash_attention_registry import (
     UnknownImplError,
 )
 from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.scope import ImplScope
 
 OURS = st.sampled_from(["a", "b", "c"])
 THEIRS = st.sampled_from(["X", "Y"])
@@ -108,7 +109,8 @@ class BothRegistries(RuleBasedStateMachine):
         self.active: Plan | None = None
         # The registration that our registry holds it for; None while it has not looked.
         self.taken_for: Plan | None = None
-        self.scopes: list[tuple[Any, Plan | None]] = []
+        self.activated_there = False  # and not through our registry: torch's holds its own handle
+        self.scopes: list[tuple[ImplScope, Plan | None]] = []
 
     def teardown(self) -> None:
         torch_registry._FLASH_ATTENTION_IMPLS.clear()
@@ -135,7 +137,10 @@ class BothRegistries(RuleBasedStateMachine):
             return plan
         if plan.misbehaviour != "install raises" or self.active is None:
             return self.active
-        return self.active if self.active.without_handle else self.put_back(self.taken_for)
+        if self.active.without_handle:
+            return self.active
+        self.activated_there = False
+        return self.put_back(self.taken_for)
 
     def put_back(self, plan: Plan | None) -> Plan | None:
         """It was installed once, unless torch's registry has had another by its name since."""
@@ -153,12 +158,10 @@ class BothRegistries(RuleBasedStateMachine):
         return self.try_ours(plan.name)
 
     def is_stuck(self) -> bool:
-        """Whether torch's registry fails at every restore, as it does if a remove() raises."""
+        """Whether torch's registry fails at every restore, as it does if its handle raises."""
         active = self.active
         return (
-            active is not None
-            and active.name.startswith("torch:")
-            and active.misbehaviour == "remove raises"
+            active is not None and self.activated_there and active.misbehaviour == "remove raises"
         )
 
     @contextlib.contextmanager
@@ -174,8 +177,9 @@ class BothRegistries(RuleBasedStateMachine):
                 if not any(text in str(error) for text in ("not available", "Unknown flash")):
                     raise
         if after is not self.active:
-            seen = not on_torch or after is None or not after.name.startswith("torch:")
-            self.active, self.taken_for = after, after if seen else None
+            there = on_torch and after is not None and after.name.startswith("torch:")
+            self.active, self.activated_there = after, there
+            self.taken_for = None if there else after
 
     # Our side
 
@@ -214,15 +218,17 @@ class BothRegistries(RuleBasedStateMachine):
         self.look_at_torch()
         before = self.taken_for
         returned = False
+        scope = ImplScope(self.registry, name)
         with self.expecting(self.try_ours(name)):
             try:
-                scope = self.registry.enter(name)
+                scope.__enter__()
             except RestoreError:  # of what was left; without a scope it is returned to at once
                 returned = True
             else:
                 self.scopes.append((scope, before))
         if returned:
             self.active = self.taken_for = self.put_back(before)
+            self.activated_there = False
 
     @rule()
     def leave(self) -> None:
@@ -233,7 +239,7 @@ class BothRegistries(RuleBasedStateMachine):
         if before is not None and before.name not in self.plans:
             before = None
         with self.expecting(self.after_returning(before)):
-            self.registry.leave(scope)
+            scope.__exit__(None, None, None)
 
     def after_returning(self, before: Plan | None) -> Plan | None:
         """What is active after a return to `before`."""

@@ -175,11 +175,11 @@ def test_what_the_environment_asks_for_does_not_end_the_program(registry, failin
     registry.register("rude", **options)
     asked("rude")
     with pytest.warns(UserWarning, match="rude: .*SystemExit: 3"):
-        registry.request.honour(lambda: None)
+        registry.request.honour(lambda *_: None)
     assert registry.current() is None
     asked("rude", strict="1")
     with pytest.raises(RequestUnavailableError, match="SystemExit: 3"):
-        registry.request.honour(lambda: None)
+        registry.request.honour(lambda *_: None)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import types
 import warnings
@@ -16,9 +15,9 @@ from flash_attention_registry import (
     RequestUnavailableError,
     before_using_cuda,
     environment,
-    torch_registry,
 )
 from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.scope import ImplScope
 
 WAIT = 20  # seconds; for threads that are to go on at once
 
@@ -27,7 +26,7 @@ WAIT = 20  # seconds; for threads that are to go on at once
 def pending(abc, asked):
     """A registry of `a`, `b`, and `c`, which was asked for at the end of `import torch`."""
     asked("c")
-    abc.request.honour(lambda: None)
+    abc.request.honour(lambda *_: None)
     assert abc.request.pending == ("c",)
     return abc
 
@@ -36,7 +35,7 @@ def unavailable(registry, name, reason):
     registry.register(name, register_fn=lambda: None, availability=lambda: reason)
 
 
-def never():
+def never(*_):
     pytest.fail("nothing is to be awaited")
 
 
@@ -57,7 +56,7 @@ def test_later_calls_activate_nothing(pending):
 
 def test_a_failure_at_the_first_call_is_one_warning(abc, asked):
     asked("c")
-    abc.request.honour(lambda: None)
+    abc.request.honour(lambda *_: None)
     abc.unregister("c")
     with pytest.warns(RegistryWarning, match="Unknown flash attention impl 'c'") as given:
         assert abc.request.settle()
@@ -88,7 +87,7 @@ def test_a_failure_at_the_first_call_is_raised_at_every_call_in_a_strict_environ
     [
         (lambda registry: registry.activate("a"), "a"),
         (lambda registry: registry.restore(), None),
-        (lambda registry: registry.enter("a"), "a"),
+        (lambda registry: ImplScope(registry, "a").__enter__(), "a"),
         (lambda registry: registry.request.activate(), "b"),
     ],
     ids=["activate", "restore", "use", "activate what is asked for by now"],
@@ -107,17 +106,12 @@ def test_a_failed_attempt_of_the_program_supersedes_nothing(pending):
     assert pending.request.pending == ("c",)
 
 
-def test_what_was_activated_in_torchs_registry_supersedes_it(monkeypatch, asked, kernels):
-    torchs = types.ModuleType(torch_registry.MODULE)
-    torchs._FLASH_ATTENTION_ACTIVE = None
-    torchs._FLASH_ATTENTION_IMPLS = {}
-    torchs.register_flash_attention_impl = lambda impl, register_fn: None
-    monkeypatch.setitem(sys.modules, torch_registry.MODULE, torchs)
+def test_what_was_activated_in_torchs_registry_supersedes_it(torchs, asked, kernels):
     nowhere = Discovery(prefix="nothing.is.declared.in.such.a.group")
     registry = Registry(nowhere, in_step_with_torch=True)
     registry.register("c", register_fn=kernels.installer("c"), availability=before_using_cuda)
     asked("c")
-    registry.request.honour(lambda: None)
+    registry.request.honour(lambda *_: None)
     torchs._FLASH_ATTENTION_ACTIVE = ("FA3", types.SimpleNamespace(remove=never))
     assert registry.request.settle()
     assert (registry.current(), kernels.installed) == ("torch:FA3", [])
@@ -191,7 +185,7 @@ def test_an_explanation_alone_activates_nothing(abc, asked):
 
 def test_an_explanation_leaves_pending_what_is_pending(pending):
     awaited = []
-    pending.request.honour(lambda: awaited.append(1))
+    pending.request.honour(lambda *_: awaited.append(1))
     pending.explain()
     assert (pending.current(), pending.request.pending) == (None, ("c",))
     assert awaited == [1]

@@ -23,7 +23,7 @@ def unavailable(registry, name, reason):
     registry.register(name, register_fn=lambda: None, availability=lambda: reason)
 
 
-def never():
+def never(*_):
     pytest.fail("nothing is to be awaited")
 
 
@@ -171,7 +171,7 @@ def test_without_a_request_nothing_is_activated_or_awaited(abc):
 def test_what_needs_cuda_is_pending_and_awaited(abc, asked, kernels):
     asked("nobody,c,b")
     awaited = []
-    abc.request.honour(lambda: awaited.append(abc.request.pending))
+    abc.request.honour(lambda *_: awaited.append(abc.request.pending))
     assert awaited == [("nobody", "c", "b")]
     assert abc.request.pending == ("nobody", "c", "b")
     assert (abc.current(), kernels.installed) == (None, [])
@@ -181,7 +181,7 @@ def test_it_is_awaited_once_though_awaiting_it_imports_what_resumes_it(abc, aske
     asked("c")
     awaited = []
 
-    def await_first_call():
+    def await_first_call(*_):
         awaited.append(1)
         abc.request.resume()
 

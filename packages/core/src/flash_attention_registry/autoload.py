@@ -32,6 +32,10 @@ from flash_attention_registry.errors import describe
 from flash_attention_registry.waiting import do_unless_busy
 from flash_attention_registry.warn import warn_or_log
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _called = False
 
 
@@ -68,8 +72,8 @@ def was_called() -> bool:
     return _called
 
 
-def _await_first_call() -> None:
-    """Let the first attention call on a GPU settle what is pending."""
+def _await_first_call(device_type: str, first: Callable[[], bool]) -> None:
+    """Let the next attention call on a device settle what is pending."""
     from flash_attention_registry.sdpa.router import await_first_call
 
-    await_first_call("cuda", default_registry().request.settle)
+    await_first_call(device_type, first)

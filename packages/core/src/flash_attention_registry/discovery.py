@@ -20,8 +20,10 @@ import _thread  # threading would double the time that importing this package ta
 from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import describe
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.indivisible import call_and_finish
+from flash_attention_registry.lock import Lock
 from flash_attention_registry.registration import why_reserved
-from flash_attention_registry.waiting import BusyError, acquire
+from flash_attention_registry.waiting import BusyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,13 +100,12 @@ class Discovery(ForkSensitive):
     def __init__(self, prefix: str = GROUP_PREFIX) -> None:
         """Prepare to look into the groups that begin with `prefix`; nothing is read yet."""
         super().__init__()
+        self._lock = Lock()
         self._prefix = prefix
         self.refresh()
 
     def renew(self) -> None:
-        """Make a free lock and forget a loading that another thread had begun."""
-        # Reentrant because a provider's callable may ask the registry what there is.
-        self._lock = _thread.RLock()
+        """Forget a loading that another thread had begun."""
         self._loading: dict[str, int] = {}
 
     def refresh(self) -> None:
@@ -132,6 +133,13 @@ class Discovery(ForkSensitive):
         """Return the names that are offered as far as they are known without reading metadata."""
         scan = self._scan
         return () if scan is None else scan.entries
+
+    def packages_seen(self) -> set[str]:
+        """Return the top-level packages of the providers, as far as they are known like that."""
+        scan = self._scan
+        if scan is None:
+            return set()
+        return {entry.value.partition(":")[0].partition(".")[0] for entry in scan.entries.values()}
 
     def failure(self, name: str) -> str | None:
         """Return why the entry point of that name was not, or is not to be, loaded; or None.
@@ -161,33 +169,34 @@ class Discovery(ForkSensitive):
             BusyError: Another thread is loading one or changing the registry, and this one must not
                 wait for it.
         """
-        lock = self._lock
-        acquire(lock)
-        try:
-            entry = self.entries().get(name)
-            if entry is None or self.failure(name) is not None or name in self._loading:
-                return
-            if is_registered(name):
-                return
+        self._lock.hold(lambda: self._load(name, is_registered))
+
+    def _load(self, name: str, is_registered: Callable[[str], bool]) -> None:
+        entry = self.entries().get(name)
+        if entry is None or self.failure(name) is not None or name in self._loading:
+            return
+        if is_registered(name):
+            return
+
+        def register() -> None:
             self._loading[name] = _thread.get_ident()
-            try:
-                entry.register()
-            except BusyError:
-                raise  # no fault of the provider, which is loaded again later
-            except (Exception, SystemExit) as error:
-                failure = f"{entry.value} of {entry.origin()} raised {describe(error)}"
-            else:
-                failure = (
-                    ""
-                    if is_registered(name)
-                    else (f"{entry.value} of {entry.origin()} ran without registering {name!r}")
+            entry.register()
+
+        try:
+            call_and_finish(register, lambda: self._loading.pop(name, None))
+        except BusyError:
+            raise  # no fault of the provider, which is loaded again later
+        except (Exception, SystemExit) as error:
+            self._failures[name] = f"{entry.value} of {entry.origin()} raised {describe(error)}"
+        else:
+            if not is_registered(name):
+                self._failures[name] = (
+                    f"{entry.value} of {entry.origin()} ran without registering {name!r}"
                 )
-            finally:
-                del self._loading[name]
-            if failure:
-                self._failures[name] = failure
-        finally:
-            lock.release()
+
+    def is_loading(self) -> bool:
+        """Return whether the calling thread is loading a provider."""
+        return self._lock.is_mine()
 
     def being_loaded(self, name: str) -> ProviderEntry | None:
         """Return the entry point of that name if the calling thread is loading it now."""

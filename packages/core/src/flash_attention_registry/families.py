@@ -8,9 +8,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flash_attention_registry.lock import Turn
     from flash_attention_registry.registration import Registration
     from flash_attention_registry.slot import Slot
+    from flash_attention_registry.transition import Turn
 
 
 def members_of(family: str, registrations: Iterable[Registration]) -> list[Registration]:
