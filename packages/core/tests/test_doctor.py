@@ -184,6 +184,11 @@ def test_nobody_is_asked_after_an_import_that_failed_late(ready, broken_torch, m
     assert told.endswith("Repair that to see them.")
 
 
+def test_what_is_missing_has_not_failed_late(ready, no_torch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._C", ModuleType("torch._C"))
+    assert len(doctor.diagnose().implementations) == 3
+
+
 def test_a_torch_whose_import_ends_the_program_is_a_problem(ready, broken_torch):
     broken_torch(SystemExit(3))
     (problem,) = doctor.diagnose().problems

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from flash_attention_registry import UnknownImplError, cli, doctor
-from flash_attention_registry.metadata import declared_in
+from flash_attention_registry.metadata import declared_in, unreadable
 
 GOOD = """
 from flash_attention_registry import default
@@ -62,6 +62,16 @@ def test_an_unrelated_distribution_may_be_damaged_in_any_group(site, installed, 
     assert len(installed.discovery.unreadable()) == 1
 
 
+def test_what_is_none_of_our_business_is_parsed_only_for_people(installed, broken):
+    """It hides nothing of ours, but may be why torch cannot be imported."""
+    file = broken(b"[torch.backends]\nlost\n")
+    assert installed.discovery.unreadable() == ()
+    with pytest.raises(TypeError):
+        importlib.metadata.entry_points()
+    (told,) = unreadable()
+    assert told.startswith(f"{file} cannot be read: TypeError: ")
+
+
 def test_every_damaged_distribution_is_told_of(installed, broken):
     files = {broken(name="first-dist"), broken(name="second-dist")}
     told = installed.discovery.unreadable()
@@ -70,6 +80,7 @@ def test_every_damaged_distribution_is_told_of(installed, broken):
 
 def test_all_is_well_with_what_is_installed_here(installed):
     assert installed.discovery.unreadable() == ()
+    assert unreadable() == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\n# nothing yet\n", b"[some.group]\n"])
@@ -290,6 +301,7 @@ def test_the_doctor_says_which_file_keeps_torch_from_being_imported(
     told = f"{broken()} cannot be read: UnicodeDecodeError: "
     error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     monkeypatch.setattr(doctor, "import_module", lambda name: failing(error)())
+    monkeypatch.setitem(sys.modules, "torch", None)  # the machine's, which a check may import
     diagnosis = doctor.diagnose()
     assert "torch cannot be imported: UnicodeDecodeError" in diagnosis.torch_problem
     (trap,) = diagnosis.traps

@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(_options: argparse.Namespace) -> _Answer:
     from flash_attention_registry.default import default_registry
+    from flash_attention_registry.metadata import unreadable
 
     environment.check()
     registry = default_registry()
@@ -192,9 +193,9 @@ def _list(_options: argparse.Namespace) -> _Answer:
     header = ("NAME", "FAMILY", "DISTRIBUTION", "VERSION", "ACTIVE", "PROBLEM")
     rows = [tuple(map(_cell, one.values())) for one in implementations]
     text = columns([header, *rows]) if rows else "No flash attention implementation is installed."
-    unreadable = registry.discovery.unreadable()
-    document = {"implementations": implementations, "unreadable": unreadable}
-    return _Answer(document, "\n\n".join([text, *map(wrapped, unreadable)]))
+    damaged = unreadable()
+    document = {"implementations": implementations, "unreadable": damaged}
+    return _Answer(document, "\n\n".join([text, *map(wrapped, damaged)]))
 
 
 def _cell(value: object) -> str:
@@ -204,20 +205,21 @@ def _cell(value: object) -> str:
 
 
 def _explain(options: argparse.Namespace) -> _Answer:
-    from flash_attention_registry.default import default_registry, explain_flash_attention_impls
+    from flash_attention_registry.default import explain_flash_attention_impls
     from flash_attention_registry.doctor import import_torch
     from flash_attention_registry.doctor.usable import meant_by, why_not_usable, would_take
+    from flash_attention_registry.metadata import unreadable
     from flash_attention_registry.report import format_reports
 
     environment.check()
     # Before anything is asked, as in a program: torch's own implementations are known then, and
     # what the environment asks for is active.
     imported = import_torch()
-    unreadable = default_registry().discovery.unreadable()
+    damaged = unreadable()
     if imported.refusal is not None:
         raise imported.refusal
     if imported.why_not_again() is not None:
-        told = [f"{imported.problem}. {imported.why_not_again()}", *unreadable]
+        told = [f"{imported.problem}. {imported.why_not_again()}", *damaged]
         raise FlashAttentionRegistryError("\n".join(told))
     reports: Sequence[ImplReport] = explain_flash_attention_impls()
     name, reason, taken, verdict = options.name, None, None, []
@@ -225,7 +227,7 @@ def _explain(options: argparse.Namespace) -> _Answer:
         reason, taken = why_not_usable(name, reports), would_take(name, reports)
         reports = meant_by(name, reports)
         if not reports:
-            raise UnknownImplError("\n".join([f"{reason}", *unreadable]))
+            raise UnknownImplError("\n".join([f"{reason}", *damaged]))
         would = "fail" if taken is None else f"take {taken.name}"
         verdict = [f"Activating {name} would {would} here."]
     document = {
@@ -234,9 +236,9 @@ def _explain(options: argparse.Namespace) -> _Answer:
         "would_take": None if taken is None else taken.name,
         "reason": reason,
         "implementations": [asdict(report) for report in reports],
-        "unreadable": unreadable,
+        "unreadable": damaged,
     }
-    parts = [wrapped(format_reports(reports)), *map(wrapped, unreadable), *verdict]
+    parts = [wrapped(format_reports(reports)), *map(wrapped, damaged), *verdict]
     return _Answer(document, "\n\n".join(parts), reason is None)
 
 

@@ -68,7 +68,8 @@ class TorchImport:
 
         What torch has registered in C++ stays so when its import fails, and is refused by a second.
         """
-        if self.refusal is None and (self.problem is None or "torch._C" not in sys.modules):
+        failed_late = "torch._C" in sys.modules and not self.missing
+        if self.refusal is None and (self.problem is None or not failed_late):
             return None
         remedy = "Repair that" if self.refusal is None else f"Unset {STRICT}"
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from flash_attention_registry import autoload, environment
+from flash_attention_registry import autoload, environment, metadata
 from flash_attention_registry.default import current_flash_attention_impl, default_registry
 from flash_attention_registry.doctor.findings import Request, Trap, Variable
 from flash_attention_registry.doctor.usable import is_active, why_not_usable
@@ -119,7 +119,7 @@ def environment_traps(reports: Sequence[ImplReport], request: Request) -> tuple[
                 f"program.",
             )
         )
-    for text in default_registry().discovery.unreadable():
+    for text in metadata.unreadable():
         traps.append(
             Trap(
                 f"{text}. What that distribution offers is not seen here, and torch, which reads "
