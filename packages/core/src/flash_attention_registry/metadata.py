@@ -98,7 +98,7 @@ def _declared_by(
     name, version = None, None
     try:
         metadata = distribution.metadata  # parsed at each access
-        name, version = metadata.get("Name"), metadata.get("Version")
+        name, version = ((metadata.get_all(key) or [None])[0] for key in ("Name", "Version"))
     except Exception as error:
         unreadable.append(f"{_file(folder, 'METADATA')} cannot be read: {describe(error)}")
     if name is None and folder is not None:
