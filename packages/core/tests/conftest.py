@@ -78,8 +78,11 @@ class TorchsRegistry(types.ModuleType):
             self._FLASH_ATTENTION_ACTIVE = (impl, handle)
 
     def restore_flash_attention_impl(self):
+        handle = None
         if self._FLASH_ATTENTION_ACTIVE is not None:
-            self._FLASH_ATTENTION_ACTIVE[1].remove()
+            handle = self._FLASH_ATTENTION_ACTIVE[1]
+        if handle is not None:
+            handle.remove()
         self._FLASH_ATTENTION_ACTIVE = None
 
     def current(self):

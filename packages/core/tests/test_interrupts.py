@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 import warnings
 from pathlib import Path
 
 import pytest
 
 import flash_attention_registry
-from flash_attention_registry import HandleError, Registry, RestoreError, before_using_cuda
+from flash_attention_registry import (
+    HandleError,
+    Registry,
+    RestoreError,
+    before_using_cuda,
+    request,
+)
 from flash_attention_registry.discovery import Discovery, Scan
 from flash_attention_registry.scope import ImplScope
 
@@ -203,3 +210,142 @@ def test_an_interrupt_at_any_instruction(kernels_type, name):
     before, history = HISTORIES[name]
     steps = interrupted_at_every_step(lambda: Stage(kernels_type()), before, history, "opcode")
     assert steps > 200
+
+
+# In step with torch's registry
+
+
+class StageWithTorch(Stage):
+    """A registry in step with torch's, which has an implementation `X` and one that raises."""
+
+    def __init__(self, kernels, torchs) -> None:
+        torchs._FLASH_ATTENTION_IMPLS.clear()
+        torchs._FLASH_ATTENTION_ACTIVE = None
+        self.torchs = torchs
+        super().__init__(kernels, in_step_with_torch=True)
+        torchs.register_flash_attention_impl("X", register_fn=self.installer("torch:X"))
+        torchs.register_flash_attention_impl("bad", register_fn=self.installer("bad", Planned))
+
+    def check_of_others(self) -> None:
+        name = self.registry.current()
+        assert self.torchs.current() == (None if name is None else name.removeprefix("torch:"))
+
+
+def activate_there(name):
+    return lambda stage: stage.torchs.activate_flash_attention_impl(name)
+
+
+def restore_there(stage):
+    stage.torchs.restore_flash_attention_impl()
+
+
+HISTORIES_WITH_TORCH = {
+    "activate torch's": (activate("a"), activate("torch:X")),
+    "from torch's": (activate("torch:X"), activate("a")),
+    "from torch's, activated there": (activate_there("X"), activate("a")),
+    "restore torch's, activated there": (
+        activate_there("X"),
+        lambda stage: stage.registry.restore(),
+    ),
+    "a failure, torch's activated there": (activate_there("X"), activate("raises")),
+    "a failure of torch's": (activate("a"), activate("torch:bad")),
+    "look at what was activated there": (
+        lambda stage: (activate("a")(stage), activate_there("X")(stage)),
+        lambda stage: stage.registry.show_to_torch(),
+    ),
+    "activate ours there": (activate_there("X"), activate_there("a")),
+    "activate torch's there": (activate("a"), activate_there("X")),
+    "restore there": (activate("torch:X"), restore_there),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "history"), HISTORIES_WITH_TORCH.values(), ids=HISTORIES_WITH_TORCH
+)
+def test_an_interrupt_at_any_line_in_step_with_torch(kernels_type, torchs, before, history):
+    steps = interrupted_at_every_step(
+        lambda: StageWithTorch(kernels_type(), torchs), before, history, "line"
+    )
+    assert steps > 20
+
+
+@pytest.mark.parametrize("name", ["activate torch's", "from torch's, activated there"])
+def test_an_interrupt_at_any_instruction_in_step_with_torch(kernels_type, torchs, name):
+    before, history = HISTORIES_WITH_TORCH[name]
+    steps = interrupted_at_every_step(
+        lambda: StageWithTorch(kernels_type(), torchs), before, history, "opcode"
+    )
+    assert steps > 200
+
+
+# What the environment asks for, and providers that are loaded
+
+
+class StageOfInstalled(Stage):
+    """A registry for which `installed` is offered by an entry point, and may need CUDA."""
+
+    def __init__(self, kernels) -> None:
+        super().__init__(kernels)
+        entry = types.SimpleNamespace(
+            name="installed",
+            value="nowhere:register",
+            conflict=None,
+            register=lambda: self.register("installed", availability=before_using_cuda),
+        )
+        self.registry.discovery.restore((Scan({"installed": entry}, ()), {}))
+        self.awaited: list[object] = []
+
+    def honour(self) -> None:
+        self.registry.request.honour(lambda *asked: self.awaited.append(asked))
+
+    def check_of_others(self) -> None:
+        settled = []
+        settle = self.registry.request.settle
+        thread = threading.Thread(target=lambda: settled.append(settle()), daemon=True)
+        thread.start()
+        thread.join(SECONDS)
+        assert settled == [True]
+        self.registry.activate("installed")
+        assert self.registry.current() == "installed"
+        self.registry.restore()
+
+
+HISTORIES_OF_INSTALLED = {
+    "load": ("", activate("installed")),
+    "honour": ("b", lambda stage: stage.honour()),
+    "honour what needs CUDA": ("installed", lambda stage: stage.honour()),
+    "settle": ("installed", lambda stage: (stage.honour(), stage.registry.request.settle())),
+    "activate what is requested": ("b", lambda stage: stage.registry.request.activate()),
+    "in vain": ("raises,nobody", lambda stage: stage.honour()),
+}
+
+
+@pytest.mark.parametrize(
+    ("impl", "history"), HISTORIES_OF_INSTALLED.values(), ids=HISTORIES_OF_INSTALLED
+)
+def test_an_interrupt_at_any_line_of_a_request(kernels_type, asked, impl, history, monkeypatch):
+    # It changes nothing, and goes through all the modules that there are.
+    monkeypatch.setattr(request, "_is_half_imported", lambda packages: False)
+    asked(impl)
+    steps = interrupted_at_every_step(
+        lambda: StageOfInstalled(kernels_type()), nothing, history, "line"
+    )
+    assert steps > 20
+
+
+def test_a_request_that_an_interrupt_breaks_off_is_pending(kernels_type, monkeypatch):
+    monkeypatch.setattr(request, "_is_half_imported", lambda packages: False)
+    step = 0
+    while True:
+        step += 1
+        stage, interrupt = StageOfInstalled(kernels_type()), Interrupt(step, "line")
+        stage.honour()
+        registry, its_request = stage.registry, stage.registry.request
+        its_request._pending = ("b",)
+        interrupt.during(its_request.resume)
+        assert registry.current() == "b" or its_request.pending == ("b",), interrupt.where
+        its_request.resume()
+        assert (registry.current(), its_request.pending) == ("b", ()), interrupt.where
+        if interrupt.where is None:
+            break
+    assert step > 20

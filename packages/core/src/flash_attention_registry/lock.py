@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _thread  # threading would double the time that importing this package takes
 import sys
-from itertools import chain, compress, starmap
+from itertools import compress, starmap
 
 from flash_attention_registry.fork import ForkSensitive
 from flash_attention_registry.indivisible import call_and_finish
@@ -69,29 +69,26 @@ class _Holding:
 
 
 class _State:
-    """The lock itself, and in a list of one or none whose it is."""
+    """The lock itself, and whose it is: in a table of one or none."""
 
     def __init__(self) -> None:
         self._lock = _thread.allocate_lock()
-        self._holdings: list[_Holding] = []
+        self._holdings: dict[_Holding, bool] = {}
 
     def holding(self) -> _Holding | None:
-        holdings = self._holdings[:]
+        holdings = list(self._holdings)
         return holdings[0] if holdings else None
 
     def take(self, holding: _Holding, seconds: float) -> bool:
         """Take the lock if it becomes free within so many seconds; return whether it did."""
-        taken = starmap(self._lock.acquire, ((True, seconds),))
-        self._holdings.extend(compress((holding,), taken))
+        is_taken = starmap(self._lock.acquire, ((True, seconds),))
+        self._holdings.update(compress(((holding, True),), is_taken))
         return self.holding() is holding
 
     def give_back(self, holding: _Holding) -> None:
         """Release the lock if it is held by `holding`, also if that is another thread's."""
-        steps = chain(map(self._holdings.remove, (holding,)), starmap(self._lock.release, ((),)))
-        try:
-            list(steps)
-        except ValueError:  # remove() raised: it has been given back, or was never taken
-            return
+        was_held = map(self._holdings.pop, (holding,), (False,))
+        list(starmap(self._lock.release, compress(((),), was_held)))
 
 
 def _hold(lock: Lock, state: _State, action: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.discovery import ProviderEntry
     from flash_attention_registry.handle import FlashAttentionHandle
+    from flash_attention_registry.indivisible import Call
 
     RegisterFn = Callable[[], FlashAttentionHandle | None]
     ReasonCheck = Callable[[], str | None]
@@ -94,6 +95,10 @@ class Registration:
         self.entry = entry
         self._availability = availability
         self._recommended = recommended
+
+    def install(self, call: Call) -> None:
+        """Run the `register_fn` as `call`, which tells how far it got whatever is raised."""
+        call.run(self.register_fn)
 
     def why_unavailable(self) -> str | None:
         """Return why the implementation cannot run here, or must not, or None if it can.

@@ -339,7 +339,7 @@ def _is_handle(value: object) -> bool:
 
 def _install(registration: Registration, call: Call) -> None:
     """Run the `register_fn` as `call`; if it fails nothing of what it built stays alive."""
-    _call_and_free_frames(lambda: call.run(registration.register_fn))
+    _call_and_free_frames(lambda: registration.install(call))
     if not _is_handle(call.result):
         found = type(call.result).__name__
         call.forget_result()

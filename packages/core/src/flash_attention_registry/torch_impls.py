@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from flash_attention_registry.indivisible import Call
+from flash_attention_registry.registration import TORCH_PREFIX, Registration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from flash_attention_registry.handle import FlashAttentionHandle
+    from flash_attention_registry.indivisible import Call
     from flash_attention_registry.registry import Registry
     from flash_attention_registry.slot import Active
 
@@ -55,69 +56,75 @@ class OurHandle:
         self._registry.restore_for_torch(self.active)
 
 
-class TorchImpl:
-    """The `register_fn` and the check of `torch:...`, an implementation of torch's registry.
+class TorchRegistration(Registration):
+    """An implementation of torch's own registry, as one of ours.
+
+    Its `register_fn` is the one that torch's registry has for it. Torch's registry is not asked to
+    run it: that would read and write its state while another thread may use it, and a handle could
+    be lost. It is told when the transition ends.
 
     Attributes:
-        name: What torch's registry calls it.
-        register_fn: What torch's registry runs for it; None if it does not know any more.
+        name_there: What torch's registry calls it; it takes any object.
     """
 
-    def __init__(self, name: Any, register_fn: Callable[[], Any] | None) -> None:
-        """Remember both."""
-        self.name = name
-        self.register_fn = register_fn
+    __slots__ = ("name_there",)
 
-    def __call__(self) -> Any:
-        """Install it; what was active before has been removed already.
+    def __init__(self, name_there: object, register_fn: Callable[[], Any] | None) -> None:
+        """Keep both.
 
-        Torch's registry is not asked to: it would read and write its state while another thread may
-        use it, and the handle could be lost. It is told when the transition ends.
-
-        Returns:
-            The handle that torch's own function gives, or None.
+        Args:
+            name_there: What torch's registry calls it.
+            register_fn: What torch's registry runs for it; None if it does not know any more.
         """
-        if self.register_fn is None:
-            raise RuntimeError(
-                f"torch's registry has no function any more that installs {self.name!r}"
-            )
-        set_fa3_switch_back = _keeping_fa3_switch()
-        installation = Call()
+        self.name_there = name_there
+        super().__init__(
+            name_here(name_there),
+            register_fn=_forgotten if register_fn is None else register_fn,
+            availability=lambda: _why_not_importable(name_there, register_fn),
+            recommended=_in_no_family,
+        )
+
+    def install(self, call: Call) -> None:
+        """Run the `register_fn`; if it fails, torch's switch for FA3 is what it was before.
+
+        Torch turns it on before it registers FA3's kernels, and leaves it on if that fails.
+        """
+        internals = getattr(sys.modules.get("torch"), "_C", None)
+        read = getattr(internals, "_get_fa3_sdp_enabled", None)
+        write = getattr(internals, "_set_sdp_use_fa3", None)
+        before = None if read is None or write is None else read()
         try:
-            installation.run(self.register_fn)
-            return installation.result
-        except BaseException:
-            if installation.finished and installation.result is not None:
-                installation.result.remove()  # an interrupt of this code
-            set_fa3_switch_back()
-            raise
-
-    def why_unavailable(self) -> str | None:
-        """Return which module it needs that is not installed, as far as torch's code tells."""
-        code = getattr(self.register_fn, "__code__", None)
-        defaults = getattr(self.register_fn, "__defaults__", None)
-        if code is None or not defaults or code.co_varnames[:1] != ("module_path",):
-            return None
-        module = str(defaults[0])
-        if module in sys.modules:
-            return None
-        from importlib.util import find_spec
-
-        package = module.partition(".")[0]
-        if package in sys.modules or find_spec(package) is not None:
-            return None
-        return f"torch's {self.name} needs the module {module}, and {package} is not installed"
+            super().install(call)
+        finally:
+            if write is not None and before is not None and not call.finished:
+                write(before)
 
 
-def _keeping_fa3_switch() -> Callable[[], object]:
-    """Return what sets torch's switch for FA3 back to what it is now.
+def name_here(name_there: object) -> str:
+    """Return what an implementation of torch's registry is called here."""
+    return f"{TORCH_PREFIX}{name_there}".strip()
 
-    Torch turns it on before it registers FA3's kernels, and leaves it on if that fails.
-    """
-    internals = getattr(sys.modules.get("torch"), "_C", None)
-    read = getattr(internals, "_get_fa3_sdp_enabled", None)
-    write = getattr(internals, "_set_sdp_use_fa3", None)
-    if read is None or write is None:
-        return bool
-    now = read()
-    return lambda: write(now)
+
+def _forgotten() -> None:
+    raise RuntimeError("torch's registry has no function for this implementation any more")
+
+
+def _why_not_importable(name_there: object, register_fn: object) -> str | None:
+    """Return which module it needs that is not installed, as far as torch's code tells."""
+    code = getattr(register_fn, "__code__", None)
+    defaults = getattr(register_fn, "__defaults__", None)
+    if code is None or not defaults or code.co_varnames[:1] != ("module_path",):
+        return None
+    module = str(defaults[0])
+    if module in sys.modules:
+        return None
+    from importlib.util import find_spec
+
+    package = module.partition(".")[0]
+    if package in sys.modules or find_spec(package) is not None:
+        return None
+    return f"torch's {name_there} needs the module {module}, and {package} is not installed"
+
+
+def _in_no_family() -> str:
+    return "it belongs to no family and is used only if it is asked for by this name"

@@ -17,9 +17,13 @@ forgotten here.
 
 from __future__ import annotations
 
-from flash_attention_registry.registration import TORCH_PREFIX, Registration
 from flash_attention_registry.slot import Active
-from flash_attention_registry.torch_impls import Activator, OurHandle, TorchImpl
+from flash_attention_registry.torch_impls import (
+    Activator,
+    OurHandle,
+    TorchRegistration,
+    name_here,
+)
 from flash_attention_registry.torch_state import (
     active_there,
     impls_there,
@@ -31,6 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from flash_attention_registry.registration import Registration
     from flash_attention_registry.registry import Registry
     from flash_attention_registry.slot import Slot
     from flash_attention_registry.torch_state import Entry
@@ -67,7 +72,7 @@ class TorchRegistry:
         if torch is None:
             return {}
         impls = dict(impls_there(torch))
-        return {_name_here(name): name for name, fn in impls.items() if not _is_ours(fn)}
+        return {name_here(name): name for name, fn in impls.items() if not _is_ours(fn)}
 
     def registration(self, name: str) -> Registration | None:
         """Return what stands for `torch:...` here, or None if torch knows no such implementation.
@@ -81,8 +86,8 @@ class TorchRegistry:
         own_name = names[name]
         register_fn = impls_there(torch).get(own_name)
         known = self._registrations.get(name)
-        if known is None or getattr(known.register_fn, "register_fn", None) is not register_fn:
-            known = self._registrations[name] = _registration_of(own_name, register_fn)
+        if known is None or known.register_fn is not register_fn:
+            known = self._registrations[name] = TorchRegistration(own_name, register_fn)
         return known
 
     def current(self) -> str | None:
@@ -92,7 +97,7 @@ class TorchRegistry:
         if torch is not None:
             theirs = _foreign(torch)
             if theirs is not None:
-                return _name_here(theirs[0])
+                return name_here(theirs[0])
             if active is not None and active.by_torch:
                 return None  # it has been restored there
         return None if active is None else active.registration.name
@@ -113,9 +118,9 @@ class TorchRegistry:
         elif active is None or active.handle is not theirs[1]:
             if active is not None and not active.by_torch:
                 self._slot.put(None, turn)  # what was installed there is on top of it
-            registration = self.registration(_name_here(theirs[0]))
+            registration = self.registration(name_here(theirs[0]))
             if registration is None:  # torch's registry cannot activate it again, nor can we
-                registration = _registration_of(theirs[0], None)
+                registration = TorchRegistration(theirs[0], None)
             adopted = self._adopted = Active(registration, theirs[1], by_torch=True)
             self._slot.adopt(adopted, turn)
 
@@ -138,8 +143,8 @@ class TorchRegistry:
             return replace_active(torch, seen, None)
         if seen is not None and seen[1].active is active:
             return True
-        impl = active.registration.register_fn
-        name = impl.name if isinstance(impl, TorchImpl) else active.registration.name
+        of = active.registration
+        name = of.name_there if isinstance(of, TorchRegistration) else of.name
         return replace_active(torch, seen, (name, OurHandle(self._registry, active)))
 
     def _take_out_what_is_removed(self) -> None:
@@ -164,23 +169,8 @@ class TorchRegistry:
                 del impls[name]
 
 
-def _registration_of(own_name: Any, register_fn: Any) -> Registration:
-    impl = TorchImpl(own_name, register_fn)
-    return Registration(
-        _name_here(own_name),
-        register_fn=impl,
-        availability=impl.why_unavailable,
-        recommended=_in_no_family,
-    )
-
-
 def _never() -> None:
     """Stand in for `loaded` where torch's registry is none of our business."""
-
-
-def _name_here(own_name: object) -> str:
-    """Return what an implementation of torch's registry is called here; it takes any object."""
-    return f"{TORCH_PREFIX}{own_name}".strip()
 
 
 def _is_ours(register_fn: object, registry: Registry | None = None) -> bool:
@@ -194,7 +184,3 @@ def _foreign(torch: Any) -> Entry | None:
     """Return the name and handle of what was activated in torch's registry and is not ours."""
     entry = active_there(torch)
     return None if entry is None or isinstance(entry[1], OurHandle) else entry
-
-
-def _in_no_family() -> str:
-    return "it belongs to no family and is used only if it is asked for by this name"
