@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import types
 import warnings
@@ -16,7 +17,7 @@ from flash_attention_registry import (
     before_using_cuda,
     environment,
 )
-from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.discovery import Discovery, Scan
 from flash_attention_registry.scope import ImplScope
 
 WAIT = 20  # seconds; for threads that are to go on at once
@@ -204,6 +205,85 @@ def test_a_call_in_the_middle_of_a_transition_leaves_it_pending(pending, failing
     assert states == [(False, ("c",))]
     assert pending.request.settle()
     assert pending.current() == "c"
+
+
+# In a provider that is being loaded or imported
+
+
+def loading(name, calls):
+    """An entry point whose loading calls something, as if it imported torch."""
+    return types.SimpleNamespace(
+        name=name,
+        value=f"{name}:register",
+        distribution=name,
+        version="1.0",
+        conflict=None,
+        register=calls,
+        origin=lambda: f"{name} 1.0",
+    )
+
+
+def test_torch_imported_by_the_provider_that_is_loaded_leaves_it_pending(abc, asked, kernels):
+    asked("late")
+    states = []
+
+    def register():
+        abc.request.honour(never)
+        states.append((abc.request.settle(), abc.current(), abc.request.pending))
+        abc.register("late", register_fn=kernels.installer("late"))
+
+    abc.discovery.restore((Scan({"late": loading("late", register)}, ()), {}))
+    abc.explain()
+    assert states == [(False, None, ("late",))]
+    assert (abc.current(), abc.request.pending) == ("late", ())
+
+
+@pytest.fixture
+def half_imported(abc, monkeypatch):
+    """The registry of a program in which the import of a provider's package imports torch."""
+    abc.discovery.restore((Scan({"c": loading("some_package", never)}, ()), {}))
+    part = types.ModuleType("some_package.part")
+    part.__spec__ = types.SimpleNamespace(_initializing=True)
+    monkeypatch.setitem(sys.modules, part.__name__, part)
+    abc.finish = lambda: setattr(part.__spec__, "_initializing", False)
+    return abc
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_torch_imported_by_the_providers_own_import_leaves_it_to_the_first_call(
+    half_imported, asked, device_type
+):
+    asked("b")
+    awaited = {}
+    half_imported.request.honour(awaited.__setitem__)
+    assert (half_imported.current(), half_imported.request.pending) == (None, ("b",))
+    assert not awaited[device_type]()
+    half_imported.finish()
+    assert awaited[device_type]()
+    assert half_imported.current() == "b"
+    assert awaited[device_type]()
+
+
+def test_it_is_settled_by_the_first_transition_after_that_import(half_imported, asked):
+    asked("b")
+    half_imported.request.honour(lambda *_: None)
+    half_imported.explain()
+    assert half_imported.current() is None
+    half_imported.finish()
+    half_imported.explain()
+    assert half_imported.current() == "b"
+
+
+def test_a_first_call_on_the_cpu_leaves_what_needs_cuda_to_the_first_on_a_gpu(half_imported, asked):
+    asked("c")
+    awaited = {}
+    half_imported.request.honour(awaited.__setitem__)
+    half_imported.finish()
+    awaited.pop("cuda")
+    assert awaited["cpu"]()
+    assert (half_imported.current(), half_imported.request.pending) == (None, ("c",))
+    assert awaited["cuda"]()
+    assert half_imported.current() == "c"
 
 
 # Threads and processes
