@@ -116,6 +116,7 @@ def broken_torch(monkeypatch, failing):
 
     def break_torch(error):
         monkeypatch.setattr(doctor, "import_module", lambda name: failing(error)())
+        monkeypatch.delitem(sys.modules, "torch._C", raising=False)  # of another test
 
     return break_torch
 
