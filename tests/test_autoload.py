@@ -190,8 +190,11 @@ def test_where_warnings_are_errors_torch_is_imported_and_the_reason_is_logged(
     assert "Warning: " not in done.stderr
 
 
-def test_a_boolean_that_is_none_is_said_and_not_taken_for_yes(try_python: TryPython) -> None:
-    done = try_python("-c", PROGRAM, **ASKED, FLASH_ATTENTION_IMPL_STRICT="maybe")
+@pytest.mark.parametrize("asked", [ASKED, {}], ids=["asked", "nothing asked for"])
+def test_a_boolean_that_is_none_is_said_and_not_taken_for_yes(
+    asked: dict[str, str], try_python: TryPython
+) -> None:
+    done = try_python("-c", PROGRAM, **asked, FLASH_ATTENTION_IMPL_STRICT="maybe")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     assert "FLASH_ATTENTION_IMPL_STRICT='maybe' is neither yes nor no" in one_warning(done.stderr)
 
@@ -200,6 +203,48 @@ def test_what_is_disabled_is_not_even_imported(state: Callable[..., Any]) -> Non
     now = state(**ASKED, FLASH_ATTENTION_IMPL_DISABLE="fa4-triton", PYTHONWARNINGS="ignore")
     assert now["active"] is None
     assert {"fa4_triton", "triton"} & set(now["loaded"]) == set()
+
+
+DISABLED = """
+import torch, flash_attention_registry as registry
+from torch.nn import attention
+
+class Handle:
+    remove = staticmethod(lambda: None)
+
+def refused(activate, name):
+    try:
+        activate(name)
+    except registry.ImplUnavailableError as error:
+        return "it is disabled by" in str(error)
+
+attention.register_flash_attention_impl("of torch", register_fn=Handle)
+print(refused(registry.activate_flash_attention_impl, "fa4-triton"),
+      refused(registry.activate_flash_attention_impl, "torch:of torch"),
+      refused(attention.activate_flash_attention_impl, "fa4-triton"),
+      refused(attention.activate_flash_attention_impl, "of torch"),
+      registry.current_flash_attention_impl(), sep="; ")
+"""
+
+
+def test_disabling_does_not_bind_torchs_own_function_for_its_own_implementations(
+    run_python: RunPython,
+) -> None:
+    disabled = "fa4-triton,torch:of torch"
+    printed = run_python("-c", DISABLED, **INTERPRETED, FLASH_ATTENTION_IMPL_DISABLE=disabled)
+    assert printed == "True; True; True; None; torch:of torch\n"
+
+
+def test_names_to_disable_that_cannot_be_read_are_said_though_nothing_is_asked_for(
+    try_python: TryPython,
+) -> None:
+    done = try_python("-c", PROGRAM, FLASH_ATTENTION_IMPL_DISABLE="a,,b")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert "FLASH_ATTENTION_IMPL_DISABLE='a,,b' has an empty place" in one_warning(done.stderr)
+    done = try_python("-c", PROGRAM, FLASH_ATTENTION_IMPL_DISABLE="a,,b", **STRICT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "FLASH_ATTENTION_IMPL_DISABLE='a,,b' has an empty place" in done.stderr
+    assert "_import_device_backends" in done.stderr
 
 
 def test_values_that_look_like_modules_or_paths_import_nothing(

@@ -10,13 +10,18 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch.nn.attention._registry as torch_registry
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from flash_attention_registry import (
     ImplUnavailableError,
@@ -26,21 +31,13 @@ from flash_attention_registry import (
     UnknownImplError,
 )
 from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.scope import ImplScope
 
 OURS = st.sampled_from(["a", "b", "c"])
 THEIRS = st.sampled_from(["X", "Y"])
 ANY = st.one_of(OURS, st.sampled_from(["torch:X", "torch:Y", "nobody"]))
-MISBEHAVIOURS = st.sampled_from(
-    [
-        "none",
-        "none",
-        "unavailable",
-        "prepare raises",
-        "install raises",
-        "remove raises",
-        "no handle",
-    ]
-)
+WAYS = ["none", "unavailable", "prepare raises", "install raises", "remove raises", "no handle"]
+MISBEHAVIOURS = st.sampled_from(["none", *WAYS])
 EXAMPLES = 2000
 
 
@@ -93,10 +90,19 @@ class Kernels:
 
 
 class BothRegistries(RuleBasedStateMachine):
-    """Drives both registries at once; `self.active` is the model: the plan that is active."""
+    """Drives both registries at once; `self.active` is the model: the plan that is active.
+
+    Attributes:
+        histories: How many there were.
+        asked_for: On which side, how, and with which misbehaviour implementations were activated.
+    """
+
+    histories = 0
+    asked_for: ClassVar[set[tuple[str, str, str]]] = set()
 
     def __init__(self) -> None:
         super().__init__()
+        BothRegistries.histories += 1
         self.before = dict(torch_registry._FLASH_ATTENTION_IMPLS)
         torch_registry._FLASH_ATTENTION_IMPLS.clear()
         assert torch_registry._FLASH_ATTENTION_ACTIVE is None
@@ -108,7 +114,8 @@ class BothRegistries(RuleBasedStateMachine):
         self.active: Plan | None = None
         # The registration that our registry holds it for; None while it has not looked.
         self.taken_for: Plan | None = None
-        self.scopes: list[tuple[Any, Plan | None]] = []
+        self.activated_there = False  # and not through our registry: torch's holds its own handle
+        self.scopes: list[tuple[ImplScope, Plan | None]] = []
 
     def teardown(self) -> None:
         torch_registry._FLASH_ATTENTION_IMPLS.clear()
@@ -121,6 +128,12 @@ class BothRegistries(RuleBasedStateMachine):
         """A transition of ours takes what is active there for what is registered there by now."""
         if self.active is not None and self.taken_for is None:
             self.taken_for = self.plans[self.active.name]
+
+    def note(self, side: str, how: str, name: str) -> None:
+        """Note that `name` is asked for."""
+        plan = self.plans.get(name) or self.plans.get(f"torch:{name}")
+        if plan is not None:
+            self.asked_for.add((side, how, plan.misbehaviour))
 
     def try_ours(self, name: str) -> Plan | None:
         """What is active after `name` was asked for on our side."""
@@ -135,7 +148,10 @@ class BothRegistries(RuleBasedStateMachine):
             return plan
         if plan.misbehaviour != "install raises" or self.active is None:
             return self.active
-        return self.active if self.active.without_handle else self.put_back(self.taken_for)
+        if self.active.without_handle:
+            return self.active
+        self.activated_there = False
+        return self.put_back(self.taken_for)
 
     def put_back(self, plan: Plan | None) -> Plan | None:
         """It was installed once, unless torch's registry has had another by its name since."""
@@ -153,12 +169,10 @@ class BothRegistries(RuleBasedStateMachine):
         return self.try_ours(plan.name)
 
     def is_stuck(self) -> bool:
-        """Whether torch's registry fails at every restore, as it does if a remove() raises."""
+        """Whether torch's registry fails at every restore, as it does if its handle raises."""
         active = self.active
         return (
-            active is not None
-            and active.name.startswith("torch:")
-            and active.misbehaviour == "remove raises"
+            active is not None and self.activated_there and active.misbehaviour == "remove raises"
         )
 
     @contextlib.contextmanager
@@ -174,8 +188,9 @@ class BothRegistries(RuleBasedStateMachine):
                 if not any(text in str(error) for text in ("not available", "Unknown flash")):
                     raise
         if after is not self.active:
-            seen = not on_torch or after is None or not after.name.startswith("torch:")
-            self.active, self.taken_for = after, after if seen else None
+            there = on_torch and after is not None and after.name.startswith("torch:")
+            self.active, self.activated_there = after, there
+            self.taken_for = None if there else after
 
     # Our side
 
@@ -201,6 +216,7 @@ class BothRegistries(RuleBasedStateMachine):
 
     @rule(name=ANY)
     def activate(self, name: str) -> None:
+        self.note("ours", "activate", name)
         with self.expecting(self.try_ours(name)):
             self.registry.activate(name)
 
@@ -211,18 +227,21 @@ class BothRegistries(RuleBasedStateMachine):
 
     @rule(name=ANY)
     def enter(self, name: str) -> None:
+        self.note("ours", "use", name)
         self.look_at_torch()
         before = self.taken_for
         returned = False
+        scope = ImplScope(self.registry, name)
         with self.expecting(self.try_ours(name)):
             try:
-                scope = self.registry.enter(name)
+                scope.__enter__()
             except RestoreError:  # of what was left; without a scope it is returned to at once
                 returned = True
             else:
                 self.scopes.append((scope, before))
         if returned:
             self.active = self.taken_for = self.put_back(before)
+            self.activated_there = False
 
     @rule()
     def leave(self) -> None:
@@ -233,7 +252,7 @@ class BothRegistries(RuleBasedStateMachine):
         if before is not None and before.name not in self.plans:
             before = None
         with self.expecting(self.after_returning(before)):
-            self.registry.leave(scope)
+            scope.__exit__(None, None, None)
 
     def after_returning(self, before: Plan | None) -> Plan | None:
         """What is active after a return to `before`."""
@@ -249,6 +268,7 @@ class BothRegistries(RuleBasedStateMachine):
 
     @rule(name=st.one_of(OURS, THEIRS, st.just("nobody")))
     def activate_there(self, name: str) -> None:
+        self.note("torch's", "activate", name)
         if name not in torch_registry.list_flash_attention_impls():
             after = self.active if self.is_stuck() else None
         else:
@@ -294,7 +314,18 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_registry.logger, "disabled", True)
 
 
-TestBothRegistries = BothRegistries.TestCase
-TestBothRegistries.settings = settings(
-    max_examples=EXAMPLES, stateful_step_count=20, deadline=None, database=None
-)
+def test_after_any_history_both_name_what_runs() -> None:
+    BothRegistries.histories, BothRegistries.asked_for = 0, set()
+    run_state_machine_as_test(
+        BothRegistries,
+        settings=settings(
+            max_examples=EXAMPLES, stateful_step_count=20, deadline=None, database=None
+        ),
+    )
+    assert BothRegistries.histories >= EXAMPLES
+    assert BothRegistries.asked_for == {
+        (side, how, what)
+        for side, hows in {"ours": ["activate", "use"], "torch's": ["activate"]}.items()
+        for how in hows
+        for what in WAYS
+    }

@@ -382,6 +382,76 @@ def test_the_call_that_is_made_is_told_from_those_before_it() -> None:
     }
 
 
+ONE_CALL = {
+    FORWARD_OP: {"served": 1, "declined": {}},
+    f"{FORWARD_OP}_backward": {"served": 1, "declined": {}},
+}
+
+
+def test_calls_of_other_threads_are_not_taken_for_the_one_that_is_made() -> None:
+    found = found_by(
+        "import threading\n"
+        "registry.activate_flash_attention_impl('zeros')\n"
+        "begun, over = threading.Event(), threading.Event()\n"
+        "def train(dtype):\n"
+        "    query = torch.ones(1, 1, 8, 64, dtype=dtype, requires_grad=True)\n"
+        "    while not over.is_set():\n"
+        "        F.scaled_dot_product_attention(query, query, query).sum().backward()\n"
+        "        begun.set()\n"
+        "threads = [threading.Thread(target=train, args=(dtype,))\n"
+        "           for dtype in (torch.bfloat16, torch.float32)]\n"
+        "sys.setswitchinterval(1e-5)\n"
+        "for thread in threads: thread.start()\n"
+        "begun.wait()\n"
+        "served = dispatch_counts().served\n"
+        "runs = [doctor.diagnose(run=True).run for _ in range(10)]\n"
+        "over.set()\n"
+        "for thread in threads: thread.join()\n"
+        "show(counts=[run.counts for run in runs], served=[run.served for run in runs],\n"
+        "     of_others=dispatch_counts().served - served)"
+    )
+    assert found["counts"] == [ONE_CALL] * 10
+    assert found["served"] == [True] * 10
+    assert found["of_others"] > 20
+
+
+def test_attention_inside_of_a_kernel_set_is_not_taken_for_it_either() -> None:
+    found = found_by(
+        "def forward(self, call):\n"
+        "    other = torch.ones(1, 1, 8, 64, dtype=torch.bfloat16)\n"
+        "    F.scaled_dot_product_attention(other, other, other)\n"
+        "    query = call.query.transpose(1, 2)\n"
+        "    F.scaled_dot_product_attention(query, query, query)\n"
+        "    return ran(self, call)\n"
+        "ran, Zeros.forward = Zeros.forward, forward\n"
+        "run = doctor.diagnose(run='zeros').run\n"
+        "show(counts=run.counts, served=run.served, nested=dispatch_counts().declined)"
+    )
+    assert found == {"counts": ONE_CALL, "served": True, "nested": 2}
+
+
+def test_nobody_watches_any_call_afterwards() -> None:
+    found = found_by(
+        "from flash_attention_registry.sdpa.watch import watches\n"
+        "doctor.diagnose(run='zeros')\n"
+        "Zeros.forward = lambda self, call: 1 / 0\n"
+        "doctor.diagnose(run='zeros')\n"
+        "show(watches=watches)"
+    )
+    assert found == {"watches": []}
+
+
+@pytest.mark.parametrize("method", ["supports", "forward", "backward"])
+def test_a_kernel_set_that_ends_the_program_is_told(method: str) -> None:
+    found = found_by(
+        f"Zeros.{method} = lambda *_: sys.exit(3)\n"
+        "diagnosis = doctor.diagnose(run='zeros')\n"
+        "show(ok=diagnosis.ok, reason=diagnosis.run.reason,\n"
+        "     active=registry.current_flash_attention_impl())"
+    )
+    assert found == {"ok": False, "reason": "SystemExit: 3", "active": None}
+
+
 @pytest.mark.parametrize(
     ("strict", "reason"),
     [

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import _fa4
 
 import flash_attention_registry as ours
-from flash_attention_registry import torch_registry
+from flash_attention_registry import torch_state
 from flash_attention_registry.sdpa import (
     AttentionCall,
     Capabilities,
@@ -268,9 +268,9 @@ def test_a_provider_cannot_hide_one_of_torchs(a_and_b: None) -> None:
 
 
 def test_this_torch_has_the_private_names_that_are_used() -> None:
-    """If this fails, torch has changed its registry: `torch_registry` must learn the new one."""
-    module = sys.modules[torch_registry.MODULE]
-    assert torch_registry.why_apart() is None
+    """If this fails, torch has changed its registry: `torch_state` must learn the new one."""
+    module = sys.modules[torch_state.MODULE]
+    assert torch_state.why_apart() is None
     assert module._FLASH_ATTENTION_ACTIVE is None
     assert {"FA3", "FA4"} <= set(module._FLASH_ATTENTION_IMPLS)
     handle = types.SimpleNamespace(remove=lambda: None)

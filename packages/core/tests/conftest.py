@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flash_attention_registry import Registry, before_using_cuda, default, environment
+from flash_attention_registry import (
+    Registry,
+    before_using_cuda,
+    default,
+    environment,
+    torch_state,
+)
 from flash_attention_registry.discovery import ENTRY_POINT_GROUP, Discovery
 
 
@@ -51,6 +58,37 @@ class Kernels:
         return lambda: Stuck(self, name)
 
 
+class TorchsRegistry(types.ModuleType):
+    """Stands in for torch's, as 2.11 to 2.13 behave: restore first, then look the name up."""
+
+    def __init__(self):
+        super().__init__(torch_state.MODULE)
+        self._FLASH_ATTENTION_IMPLS = {}
+        self._FLASH_ATTENTION_ACTIVE = None
+
+    def register_flash_attention_impl(self, impl, *, register_fn):
+        self._FLASH_ATTENTION_IMPLS[impl] = register_fn
+
+    def activate_flash_attention_impl(self, impl):
+        self.restore_flash_attention_impl()
+        if impl not in self._FLASH_ATTENTION_IMPLS:
+            raise ValueError(f"Unknown flash attention impl '{impl}'")
+        handle = self._FLASH_ATTENTION_IMPLS[impl]()
+        if handle is not None:
+            self._FLASH_ATTENTION_ACTIVE = (impl, handle)
+
+    def restore_flash_attention_impl(self):
+        handle = None
+        if self._FLASH_ATTENTION_ACTIVE is not None:
+            handle = self._FLASH_ATTENTION_ACTIVE[1]
+        if handle is not None:
+            handle.remove()
+        self._FLASH_ATTENTION_ACTIVE = None
+
+    def current(self):
+        return None if self._FLASH_ATTENTION_ACTIVE is None else self._FLASH_ATTENTION_ACTIVE[0]
+
+
 class FailsAfter:
     """A callable that calls another one, and raises from a given call on."""
 
@@ -67,9 +105,9 @@ class FailsAfter:
 
 
 def fail(error: BaseException) -> Callable[[], object]:
-    """A callable that raises `error`."""
+    """A callable that raises `error`, whatever it is given."""
 
-    def failing() -> object:
+    def failing(*_: object) -> object:
         raise error
 
     return failing
@@ -93,8 +131,26 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
+def kernels_type() -> type[Kernels]:
+    return Kernels
+
+
+@pytest.fixture
 def kernels() -> Kernels:
     return Kernels()
+
+
+@pytest.fixture
+def torchs_registry_type() -> type[TorchsRegistry]:
+    return TorchsRegistry
+
+
+@pytest.fixture
+def torchs(monkeypatch: pytest.MonkeyPatch) -> TorchsRegistry:
+    """Torch's registry, in the place of the one of an imported torch."""
+    module = TorchsRegistry()
+    monkeypatch.setitem(sys.modules, torch_state.MODULE, module)
+    return module
 
 
 @pytest.fixture

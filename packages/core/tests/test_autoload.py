@@ -16,7 +16,6 @@ from flash_attention_registry import (
     autoload,
     before_using_cuda,
     default,
-    torch_registry,
 )
 
 GOOD = """
@@ -24,21 +23,6 @@ from flash_attention_registry import default
 def register():
     default.register_flash_attention_impl("good", register_fn=lambda: None)
 """
-
-
-@pytest.fixture
-def torchs(monkeypatch):
-    """Torch's registry, as far as the hook reads it."""
-    module = types.ModuleType(torch_registry.MODULE)
-    module._FLASH_ATTENTION_ACTIVE = None
-    module._FLASH_ATTENTION_IMPLS = {}
-
-    def register(impl, *, register_fn):
-        module._FLASH_ATTENTION_IMPLS[impl] = register_fn
-
-    module.register_flash_attention_impl = register
-    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
-    return module
 
 
 @pytest.fixture

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
-from flash_attention_registry import ImplUnavailableError, UnknownImplError
-from flash_attention_registry.discovery import ProviderEntry
+from flash_attention_registry import (
+    ImplUnavailableError,
+    RequestUnavailableError,
+    UnknownImplError,
+)
 
 GOOD = """
 from flash_attention_registry import default
@@ -125,32 +128,65 @@ def test_a_provider_that_failed_is_not_tried_again_and_again(site, installed):
 
 
 @pytest.mark.filterwarnings("ignore:Implicit None:DeprecationWarning")  # Python's own, from 3.12
-def test_a_distribution_without_metadata_is_reported_as_such(site, installed):
+def test_a_distribution_without_metadata_is_called_by_its_folder(site, installed):
     site.install("good_provider", GOOD, provides=PROVIDES_GOOD, distribution=None)
     entry = installed.discovery.entries()["good"]
-    assert entry.origin() == "a distribution without a name"
+    assert (entry.distribution, entry.version) == ("good_provider-0.dist-info", None)
     assert report_on(installed, "good").available
 
 
-class Point:
-    """An entry point whose distribution cannot be read."""
-
-    name, value = "x", "x:register"
-
-    @property
-    def dist(self):
-        return self
-
-    @property
-    def version(self):
-        raise OSError("unreadable")
+# Code of a provider that ends the program
 
 
-class PointOfNobody(Point):
-    dist = None
+CHECKS = {"availability": "availability", "recommended": "recommendation"}
 
 
-@pytest.mark.parametrize("point", [Point(), PointOfNobody()])
-def test_an_entry_point_of_an_unknown_distribution_can_be_listed(point):
-    entry = ProviderEntry(point)
-    assert (entry.name, entry.distribution, entry.version) == ("x", None, None)
+@pytest.mark.parametrize("ending", [SystemExit(3), SystemExit("no licence")])
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_that_ends_the_program_is_a_reason(registry, failing, check, ending):
+    registry.register("rude", register_fn=lambda: None, family="FA4", **{check: failing(ending)})
+    registry.register("kind", register_fn=lambda: None, family="FA4", priority=-1)
+    report = report_on(registry, "rude")
+    reason = f"{CHECKS[check]} check raised SystemExit: {ending}"
+    assert reason in (report.unavailable_reason, report.not_recommended_reason)
+    registry.activate("FA4")
+    assert registry.current() == "kind"
+
+
+def test_an_exact_name_whose_check_ends_the_program_is_not_available(registry, failing):
+    registry.register("rude", register_fn=len, availability=failing(SystemExit(3)))
+    with pytest.raises(ImplUnavailableError, match="availability check raised SystemExit: 3"):
+        registry.activate("rude")
+
+
+@pytest.mark.parametrize("part", ["register_fn", "prepare"])
+def test_a_member_that_ends_the_program_is_passed_over(registry, failing, part):
+    options = {"register_fn": lambda: None, part: failing(SystemExit(3))}
+    registry.register("rude", family="FA4", priority=1, **options)
+    registry.register("kind", register_fn=lambda: None, family="FA4")
+    with pytest.warns(UserWarning, match="Passed over 'rude' .*raised SystemExit: 3"):
+        registry.activate("FA4")
+    assert registry.current() == "kind"
+
+
+@pytest.mark.parametrize("part", ["register_fn", "prepare", "availability"])
+def test_what_the_environment_asks_for_does_not_end_the_program(registry, failing, asked, part):
+    options = {"register_fn": lambda: None, part: failing(SystemExit(3))}
+    registry.register("rude", **options)
+    asked("rude")
+    with pytest.warns(UserWarning, match="rude: .*SystemExit: 3"):
+        registry.request.honour(lambda *_: None)
+    assert registry.current() is None
+    asked("rude", strict="1")
+    with pytest.raises(RequestUnavailableError, match="SystemExit: 3"):
+        registry.request.honour(lambda *_: None)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_interrupt_goes_through_every_check(registry, failing, check):
+    options = {check: failing(KeyboardInterrupt())}
+    registry.register("asked", register_fn=lambda: None, family="FA4", **options)
+    with pytest.raises(KeyboardInterrupt):
+        registry.explain()
+    with pytest.raises(KeyboardInterrupt):
+        registry.activate("FA4")

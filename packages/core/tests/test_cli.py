@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -98,7 +99,8 @@ def test_list_as_json_has_stable_keys(with_offer, capsys):
                 "active": False,
                 "problem": None,
             }
-        ]
+        ],
+        "unreadable": [],
     }
 
 
@@ -214,6 +216,7 @@ def test_explain_as_json_has_stable_keys(family, capsys):
                 "active": False,
             }
         ],
+        "unreadable": [],
     }
 
 
@@ -225,6 +228,7 @@ def test_explain_all_as_json_asks_for_no_verdict(here, capsys):
         "would_take": None,
         "reason": None,
         "implementations": [],
+        "unreadable": [],
     }
 
 
@@ -237,6 +241,16 @@ def test_explain_asks_nobody_if_a_strict_environment_ended_the_import_of_torch(
     monkeypatch.setattr(doctor, "import_module", lambda name: failing(ended)())
     assert cli.main(["explain"]) == 1
     assert capsys.readouterr().err == "flash-attention: FLASH_ATTENTION_IMPL=best: broken\n"
+
+
+def test_explain_asks_nobody_after_an_import_of_torch_that_failed_late(
+    family, capsys, failing, monkeypatch
+):
+    family.register("asked", register_fn=len, availability=pytest.fail)
+    monkeypatch.setattr(doctor, "import_module", lambda name: failing(OSError("a hook"))())
+    monkeypatch.setitem(sys.modules, "torch._C", ModuleType("torch._C"))
+    assert cli.main(["explain", "--json"]) == 1
+    assert documents(capsys)["error"].startswith("torch cannot be imported: OSError: a hook. torch")
 
 
 # doctor
@@ -276,15 +290,39 @@ def test_doctor_as_json_is_the_diagnosis(here, capsys):
 
 
 @pytest.mark.parametrize("command", ["list", "explain"])
-def test_an_error_is_told_and_ends_with_1(with_offer, capsys, monkeypatch, command):
-    monkeypatch.setenv("FLASH_ATTENTION_IMPL_DISABLE", "a,,b")
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("FLASH_ATTENTION_IMPL", "native,a", "what follows 'native' would never be used"),
+        ("FLASH_ATTENTION_IMPL_STRICT", "maybe", "is neither yes nor no"),
+        ("FLASH_ATTENTION_IMPL_DISABLE", "a,,b", "has an empty place"),
+    ],
+)
+def test_a_variable_that_cannot_be_understood_is_told_and_ends_with_1(
+    with_offer, capsys, monkeypatch, command, variable, value, reason
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv(variable, value)
     assert cli.main([command]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("flash-attention: FLASH_ATTENTION_IMPL_DISABLE='a,,b' has an em")
+    assert printed.err.startswith(f"flash-attention: {variable}={value!r}")
+    assert reason in printed.err
     assert cli.main([command, "--json"]) == 1
     (key,) = documents(capsys)
     assert key == "error"
+    assert cli.main(["doctor", "--json"]) == 1
+    (problem,) = documents(capsys)["problems"]
+    assert problem.startswith(f"{variable}={value!r}")
+
+
+def test_every_variable_that_cannot_be_understood_is_told(with_offer, capsys, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_IMPL_STRICT", "maybe")
+    monkeypatch.setenv("FLASH_ATTENTION_IMPL_DISABLE", ",")
+    assert cli.main(["list"]) == 1
+    told = capsys.readouterr().err
+    assert "FLASH_ATTENTION_IMPL_STRICT='maybe'" in told
+    assert "FLASH_ATTENTION_IMPL_DISABLE=','" in told
 
 
 @pytest.mark.parametrize("command", ["explain", "doctor"])

@@ -16,7 +16,9 @@ from flash_attention_registry import (
     fork,
 )
 from flash_attention_registry.fork import ForkSafeLock, ForkSensitive, _renew_all
-from flash_attention_registry.lock import TransitionLock
+from flash_attention_registry.scope import Entry
+from flash_attention_registry.slot import Swap
+from flash_attention_registry.transition import Transitions
 
 SECONDS = 20  # a test that waits longer than this hangs
 
@@ -29,7 +31,7 @@ CHANGES = {
     "restore": lambda r: r.restore(),
     "explain": lambda r: r.explain(),
     "snapshot": lambda r: r.snapshot(),
-    "leave a scope": lambda r: r.leave(None),
+    "leave a scope": lambda r: r.leave(Entry()),
 }
 
 
@@ -266,15 +268,24 @@ def test_listeners_may_come_and_go_while_transitions_run(ab):
 
 def test_what_fails_before_a_transition_begins_leaves_the_lock_free():
     class Around:
-        def begin(self, turn):
-            raise KeyboardInterrupt
+        beginnings = 0
 
-    lock = TransitionLock()
+        def begin(self, turn):
+            self.beginnings += 1
+            if self.beginnings == 1:
+                raise KeyboardInterrupt
+
+        def end(self, turn):
+            pass
+
+        def released(self):
+            pass
+
+    transitions = Transitions(Around())
     with pytest.raises(KeyboardInterrupt):
-        lock.hold("try", Around()).__enter__()
-    assert not lock.is_mine()
-    with lock.hold("try again"):
-        assert lock.is_mine()
+        transitions.make("try", lambda turn: pytest.fail("has not begun"))
+    assert not transitions.is_mine()
+    assert transitions.make("try again", lambda turn: transitions.is_mine())
 
 
 def test_renewing_gives_free_locks_and_no_half_made_transition(ab):
@@ -286,9 +297,18 @@ def test_renewing_gives_free_locks_and_no_half_made_transition(ab):
         assert guard.lock is not before
         assert guard.lock.acquire(blocking=False)
     slot = ab._slot
-    slot._removed = True
+    swap = slot._swap = Swap(slot.active, None)
+    slot.renew()
+    assert ab.current() == "a"
+    slot._swap = swap
+    swap.removal().run(slot.active.handle.remove)
     slot.renew()
     assert ab.current() is None
+    slot._swap = swap
+    swap.target = ab.registration("b")
+    swap.installation.run(swap.target.register_fn)
+    slot.renew()
+    assert ab.current() == "b"
 
 
 def test_a_system_without_fork_needs_no_renewing(monkeypatch):

@@ -7,33 +7,28 @@ import threading
 import pytest
 
 from flash_attention_registry import CudaNeededError, FamilyUnavailableError, before_using_cuda
-from flash_attention_registry.cuda import WithoutCuda
+from flash_attention_registry.cuda import without_cuda
 
 
 def test_a_check_may_use_cuda_at_any_other_time():
     before_using_cuda()
-    with WithoutCuda():
-        pass
+    assert without_cuda(lambda: "answer") == "answer"
     before_using_cuda()
 
 
 def test_a_check_must_wait_where_cuda_is_not_to_be_initialised():
-    with WithoutCuda(), pytest.raises(CudaNeededError, match="first attention call on the GPU"):
-        before_using_cuda()
-
-
-def test_blocks_may_lie_in_one_another():
-    with WithoutCuda():
-        with WithoutCuda():
-            pass
-        with pytest.raises(CudaNeededError):
-            before_using_cuda()
-
-
-def test_a_block_that_is_left_by_an_error_has_ended():
-    with pytest.raises(CudaNeededError), WithoutCuda():
-        before_using_cuda()
+    with pytest.raises(CudaNeededError, match="first attention call on the GPU"):
+        without_cuda(before_using_cuda)
     before_using_cuda()
+
+
+def test_calls_may_lie_in_one_another():
+    def outer():
+        without_cuda(lambda: None)
+        before_using_cuda()
+
+    with pytest.raises(CudaNeededError):
+        without_cuda(outer)
 
 
 def test_other_threads_are_not_held_up():
@@ -45,10 +40,12 @@ def test_other_threads_are_not_held_up():
         except CudaNeededError as error:
             raised.append(error)
 
-    with WithoutCuda():
+    def ask_elsewhere():
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
+
+    without_cuda(ask_elsewhere)
     assert raised == []
 
 
@@ -59,8 +56,8 @@ def needs_cuda():
 @pytest.mark.parametrize("check", ["availability", "recommended"])
 def test_the_registry_takes_it_for_no_verdict(ab, kernels, check):
     ab.register("c", register_fn=kernels.installer("c"), family="FA4", **{check: needs_cuda})
-    with WithoutCuda(), pytest.raises(CudaNeededError):
-        ab.activate("FA4")
+    with pytest.raises(CudaNeededError):
+        without_cuda(lambda: ab.activate("FA4"))
     assert (ab.current(), kernels.installed) == ("a", ["a"])
     ab.activate("FA4")
     assert ab.current() == "c"
@@ -74,5 +71,5 @@ def test_a_reason_that_is_known_without_cuda_is_given_at_once(ab, kernels):
         return None
 
     ab.register("c", register_fn=kernels.installer("c"), family="FA4", availability=check)
-    with WithoutCuda(), pytest.raises(FamilyUnavailableError, match="triton is not installed"):
-        ab.activate("FA4")
+    with pytest.raises(FamilyUnavailableError, match="triton is not installed"):
+        without_cuda(lambda: ab.activate("FA4"))

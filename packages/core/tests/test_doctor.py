@@ -116,6 +116,7 @@ def broken_torch(monkeypatch, failing):
 
     def break_torch(error):
         monkeypatch.setattr(doctor, "import_module", lambda name: failing(error)())
+        monkeypatch.delitem(sys.modules, "torch._C", raising=False)  # of another test
 
     return break_torch
 
@@ -169,6 +170,36 @@ def test_a_torch_that_cannot_be_imported_is_a_problem(ready, broken_torch):
     assert diagnosis.problems == (told,)
     assert diagnosis.torch_problem == told
     assert len(diagnosis.implementations) == 3
+
+
+def test_nobody_is_asked_after_an_import_that_failed_late(ready, broken_torch, monkeypatch):
+    """Whoever imported torch again would report that it cannot be imported twice."""
+    ready.register("asked", register_fn=len, availability=pytest.fail)
+    broken_torch(RuntimeError("a hook failed"))
+    monkeypatch.setitem(sys.modules, "torch._C", ModuleType("torch._C"))
+    diagnosis = doctor.diagnose()
+    assert diagnosis.implementations == ()
+    assert diagnosis.problems == ("torch cannot be imported: RuntimeError: a hook failed",)
+    (told,) = section(diagnosis, "Implementations")
+    assert told.startswith("torch cannot be imported a second time")
+    assert told.endswith("Repair that to see them.")
+
+
+def test_what_is_missing_has_not_failed_late(ready, no_torch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._C", ModuleType("torch._C"))
+    assert len(doctor.diagnose().implementations) == 3
+
+
+def test_a_torch_whose_import_ends_the_program_is_a_problem(ready, broken_torch):
+    broken_torch(SystemExit(3))
+    (problem,) = doctor.diagnose().problems
+    assert problem == "torch cannot be imported: SystemExit: 3"
+
+
+def test_an_interrupt_while_torch_is_imported_goes_through(ready, broken_torch):
+    broken_torch(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        doctor.diagnose()
 
 
 def test_a_module_that_torch_lacks_is_not_torch(ready, broken_torch):
@@ -272,6 +303,16 @@ def test_a_value_that_cannot_be_understood_is_a_problem(
     assert any(variable.problem in line for line in section(diagnosis, "Environment"))
 
 
+def test_a_value_that_cannot_be_understood_is_why_nothing_is_active(ready, torch_side, monkeypatch):
+    monkeypatch.setenv(IMPL, "good")
+    monkeypatch.setenv(f"{IMPL}_STRICT", "maybe")
+    monkeypatch.setattr(autoload, "_called", True)
+    diagnosis = doctor.diagnose()
+    assert diagnosis.request.reasons == {
+        "good": "usable, but not active, because an environment variable cannot be understood"
+    }
+
+
 # What became of the request
 
 
@@ -365,7 +406,7 @@ def waiting(ready, kernels, torch_side, monkeypatch):
 
         ready.register("gpu", register_fn=kernels.installer("gpu"), availability=availability)
         monkeypatch.setenv(IMPL, "gpu")
-        ready.request.honour(lambda: None)
+        ready.request.honour(lambda *_: None)
         assert ready.request.pending == ("gpu",)
 
     return wait

@@ -7,6 +7,7 @@ import pytest
 from flash_attention_registry import EnvironmentVariableError, environment
 
 BLANK = ["", " ", "\t"]
+VARIABLES = (environment.IMPL, environment.STRICT, environment.DISABLE)
 
 REQUESTS = {
     "a name": ("fa4-triton", ("fa4-triton",)),
@@ -27,7 +28,7 @@ def test_a_request_is_a_list_of_names_in_their_order(monkeypatch, value, names):
 
 @pytest.mark.parametrize("blank", BLANK)
 def test_a_blank_value_is_none_at_all(monkeypatch, blank):
-    for variable in (environment.IMPL, environment.STRICT, environment.DISABLE):
+    for variable in VARIABLES:
         monkeypatch.setenv(variable, blank)
     assert environment.requested() == ()
     assert environment.strict() is False
@@ -87,6 +88,23 @@ def test_a_value_that_cannot_be_understood_is_a_value_error(monkeypatch):
     monkeypatch.setenv(environment.STRICT, "maybe")
     with pytest.raises(ValueError, match="maybe"):
         environment.strict()
+
+
+def test_a_check_raises_for_none_of_the_variables_if_all_can_be_understood(monkeypatch):
+    environment.check()
+    for variable, value in zip(VARIABLES, ("a,native", "yes", "b,FA4"), strict=True):
+        monkeypatch.setenv(variable, value)
+    environment.check()
+
+
+@pytest.mark.parametrize("wrong", [VARIABLES[:1], VARIABLES[1:2], VARIABLES[2:], VARIABLES])
+def test_a_check_says_of_each_variable_what_is_the_matter(monkeypatch, wrong):
+    for variable in wrong:
+        monkeypatch.setenv(variable, "a,,b")
+    with pytest.raises(EnvironmentVariableError) as caught:
+        environment.check()
+    lines = str(caught.value).splitlines()
+    assert [line.partition("=")[0] for line in lines] == list(wrong)
 
 
 def test_names_and_families_can_be_disabled(monkeypatch):

@@ -16,9 +16,9 @@ from flash_attention_registry import (
     RequestUnavailableError,
     before_using_cuda,
     environment,
-    torch_registry,
 )
-from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.discovery import Discovery, Scan
+from flash_attention_registry.scope import ImplScope
 
 WAIT = 20  # seconds; for threads that are to go on at once
 
@@ -27,7 +27,7 @@ WAIT = 20  # seconds; for threads that are to go on at once
 def pending(abc, asked):
     """A registry of `a`, `b`, and `c`, which was asked for at the end of `import torch`."""
     asked("c")
-    abc.request.honour(lambda: None)
+    abc.request.honour(lambda *_: None)
     assert abc.request.pending == ("c",)
     return abc
 
@@ -36,7 +36,7 @@ def unavailable(registry, name, reason):
     registry.register(name, register_fn=lambda: None, availability=lambda: reason)
 
 
-def never():
+def never(*_):
     pytest.fail("nothing is to be awaited")
 
 
@@ -57,7 +57,7 @@ def test_later_calls_activate_nothing(pending):
 
 def test_a_failure_at_the_first_call_is_one_warning(abc, asked):
     asked("c")
-    abc.request.honour(lambda: None)
+    abc.request.honour(lambda *_: None)
     abc.unregister("c")
     with pytest.warns(RegistryWarning, match="Unknown flash attention impl 'c'") as given:
         assert abc.request.settle()
@@ -88,7 +88,7 @@ def test_a_failure_at_the_first_call_is_raised_at_every_call_in_a_strict_environ
     [
         (lambda registry: registry.activate("a"), "a"),
         (lambda registry: registry.restore(), None),
-        (lambda registry: registry.enter("a"), "a"),
+        (lambda registry: ImplScope(registry, "a").__enter__(), "a"),
         (lambda registry: registry.request.activate(), "b"),
     ],
     ids=["activate", "restore", "use", "activate what is asked for by now"],
@@ -107,17 +107,12 @@ def test_a_failed_attempt_of_the_program_supersedes_nothing(pending):
     assert pending.request.pending == ("c",)
 
 
-def test_what_was_activated_in_torchs_registry_supersedes_it(monkeypatch, asked, kernels):
-    torchs = types.ModuleType(torch_registry.MODULE)
-    torchs._FLASH_ATTENTION_ACTIVE = None
-    torchs._FLASH_ATTENTION_IMPLS = {}
-    torchs.register_flash_attention_impl = lambda impl, register_fn: None
-    monkeypatch.setitem(sys.modules, torch_registry.MODULE, torchs)
+def test_what_was_activated_in_torchs_registry_supersedes_it(torchs, asked, kernels):
     nowhere = Discovery(prefix="nothing.is.declared.in.such.a.group")
     registry = Registry(nowhere, in_step_with_torch=True)
     registry.register("c", register_fn=kernels.installer("c"), availability=before_using_cuda)
     asked("c")
-    registry.request.honour(lambda: None)
+    registry.request.honour(lambda *_: None)
     torchs._FLASH_ATTENTION_ACTIVE = ("FA3", types.SimpleNamespace(remove=never))
     assert registry.request.settle()
     assert (registry.current(), kernels.installed) == ("torch:FA3", [])
@@ -191,7 +186,7 @@ def test_an_explanation_alone_activates_nothing(abc, asked):
 
 def test_an_explanation_leaves_pending_what_is_pending(pending):
     awaited = []
-    pending.request.honour(lambda: awaited.append(1))
+    pending.request.honour(lambda *_: awaited.append(1))
     pending.explain()
     assert (pending.current(), pending.request.pending) == (None, ("c",))
     assert awaited == [1]
@@ -210,6 +205,85 @@ def test_a_call_in_the_middle_of_a_transition_leaves_it_pending(pending, failing
     assert states == [(False, ("c",))]
     assert pending.request.settle()
     assert pending.current() == "c"
+
+
+# In a provider that is being loaded or imported
+
+
+def loading(name, calls):
+    """An entry point whose loading calls something, as if it imported torch."""
+    return types.SimpleNamespace(
+        name=name,
+        value=f"{name}:register",
+        distribution=name,
+        version="1.0",
+        conflict=None,
+        register=calls,
+        origin=lambda: f"{name} 1.0",
+    )
+
+
+def test_torch_imported_by_the_provider_that_is_loaded_leaves_it_pending(abc, asked, kernels):
+    asked("late")
+    states = []
+
+    def register():
+        abc.request.honour(never)
+        states.append((abc.request.settle(), abc.current(), abc.request.pending))
+        abc.register("late", register_fn=kernels.installer("late"))
+
+    abc.discovery.restore((Scan({"late": loading("late", register)}, ()), {}))
+    abc.explain()
+    assert states == [(False, None, ("late",))]
+    assert (abc.current(), abc.request.pending) == ("late", ())
+
+
+@pytest.fixture
+def half_imported(abc, monkeypatch):
+    """The registry of a program in which the import of a provider's package imports torch."""
+    abc.discovery.restore((Scan({"c": loading("some_package", never)}, ()), {}))
+    part = types.ModuleType("some_package.part")
+    part.__spec__ = types.SimpleNamespace(_initializing=True)
+    monkeypatch.setitem(sys.modules, part.__name__, part)
+    abc.finish = lambda: setattr(part.__spec__, "_initializing", False)
+    return abc
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_torch_imported_by_the_providers_own_import_leaves_it_to_the_first_call(
+    half_imported, asked, device_type
+):
+    asked("b")
+    awaited = {}
+    half_imported.request.honour(awaited.__setitem__)
+    assert (half_imported.current(), half_imported.request.pending) == (None, ("b",))
+    assert not awaited[device_type]()
+    half_imported.finish()
+    assert awaited[device_type]()
+    assert half_imported.current() == "b"
+    assert awaited[device_type]()
+
+
+def test_it_is_settled_by_the_first_transition_after_that_import(half_imported, asked):
+    asked("b")
+    half_imported.request.honour(lambda *_: None)
+    half_imported.explain()
+    assert half_imported.current() is None
+    half_imported.finish()
+    half_imported.explain()
+    assert half_imported.current() == "b"
+
+
+def test_a_first_call_on_the_cpu_leaves_what_needs_cuda_to_the_first_on_a_gpu(half_imported, asked):
+    asked("c")
+    awaited = {}
+    half_imported.request.honour(awaited.__setitem__)
+    half_imported.finish()
+    awaited.pop("cuda")
+    assert awaited["cpu"]()
+    assert (half_imported.current(), half_imported.request.pending) == (None, ("c",))
+    assert awaited["cuda"]()
+    assert half_imported.current() == "c"
 
 
 # Threads and processes

@@ -21,6 +21,7 @@ from flash_attention_registry import (
     UnknownImplError,
 )
 from flash_attention_registry.discovery import Discovery
+from flash_attention_registry.scope import ImplScope
 
 NAMES = st.sampled_from(["a", "b", "c"])
 FAILURES = st.frozensets(st.sampled_from(["prepare", "install", "remove", "availability"]))
@@ -100,12 +101,13 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def enter(self, name: str) -> None:
-        self.change(lambda: self.scopes.append(self.registry.enter(name)))
+        scope = ImplScope(self.registry, name)
+        self.change(lambda: (scope.__enter__(), self.scopes.append(scope)))
 
     @rule()
     def leave(self) -> None:
         if self.scopes:
-            self.change(self.registry.leave, self.scopes.pop())
+            self.change(self.scopes.pop().__exit__, None, None, None)
 
     @rule()
     def reset(self) -> None:

@@ -23,7 +23,7 @@ def unavailable(registry, name, reason):
     registry.register(name, register_fn=lambda: None, availability=lambda: reason)
 
 
-def never():
+def never(*_):
     pytest.fail("nothing is to be awaited")
 
 
@@ -171,7 +171,7 @@ def test_without_a_request_nothing_is_activated_or_awaited(abc):
 def test_what_needs_cuda_is_pending_and_awaited(abc, asked, kernels):
     asked("nobody,c,b")
     awaited = []
-    abc.request.honour(lambda: awaited.append(abc.request.pending))
+    abc.request.honour(lambda *_: awaited.append(abc.request.pending))
     assert awaited == [("nobody", "c", "b")]
     assert abc.request.pending == ("nobody", "c", "b")
     assert (abc.current(), kernels.installed) == (None, [])
@@ -181,7 +181,7 @@ def test_it_is_awaited_once_though_awaiting_it_imports_what_resumes_it(abc, aske
     asked("c")
     awaited = []
 
-    def await_first_call():
+    def await_first_call(*_):
         awaited.append(1)
         abc.request.resume()
 
@@ -241,9 +241,30 @@ def test_a_value_that_cannot_be_understood_is_an_error_in_a_strict_environment(a
         abc.request.honour(never)
 
 
-def test_strictness_that_cannot_be_understood_is_not_taken_for_yes(abc, asked):
-    asked("nobody", strict="maybe")
-    with pytest.warns(RegistryWarning, match="'nobody'"):
+@pytest.mark.parametrize("impl", ["", "a", "nobody"])
+def test_strictness_that_cannot_be_understood_is_not_taken_for_yes(abc, asked, impl):
+    asked(impl, strict="maybe")
+    with pytest.warns(RegistryWarning, match=r"_STRICT='maybe' is neither yes nor no") as given:
+        abc.request.honour(never)
+    assert len(given) == 1
+    assert abc.current() is None
+
+
+@pytest.mark.parametrize("impl", ["", "a"])
+def test_names_to_disable_that_cannot_be_read_are_a_warning(abc, asked, monkeypatch, impl):
+    asked(impl)
+    monkeypatch.setenv(environment.DISABLE, "b,,c")
+    with pytest.warns(RegistryWarning, match=r"_DISABLE='b,,c' has an empty place") as given:
+        abc.request.honour(never)
+    assert len(given) == 1
+    assert abc.current() is None
+
+
+@pytest.mark.parametrize("impl", ["", "a"])
+def test_they_are_an_error_in_a_strict_environment(abc, asked, monkeypatch, impl):
+    asked(impl, strict="1")
+    monkeypatch.setenv(environment.DISABLE, "b,,c")
+    with pytest.raises(EnvironmentVariableError, match=r"_DISABLE='b,,c' has an empty place"):
         abc.request.honour(never)
 
 

@@ -183,10 +183,11 @@ def test_if_neither_can_come_back_stock_runs(ab, kernels, fails_after):
     ab.activate("c")
     ab.register("b", register_fn=fails_after(1, kernels.installer("b"), OSError("b is gone")))
     heard = []
-    previous = ab.enter("b")
+    scope = ImplScope(ab, "b")
+    scope.__enter__()
     ab.add_listener(lambda before, after: heard.append((before, after)))
     with pytest.raises(ValueError, match="c is gone"):
-        ab.leave(previous)
+        scope.__exit__(None, None, None)
     assert (ab.current(), kernels.running, heard) == (None, "stock", [("b", None)])
 
 

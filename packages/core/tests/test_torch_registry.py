@@ -14,51 +14,15 @@ from flash_attention_registry import (
     Registry,
     RegistryWarning,
     RestoreError,
-    torch_registry,
+    torch_state,
 )
 from flash_attention_registry.discovery import Discovery
-
-
-class TorchsRegistry(types.ModuleType):
-    """As torch 2.11 to 2.13 behave: restore first, then look the name up."""
-
-    def __init__(self):
-        super().__init__(torch_registry.MODULE)
-        self._FLASH_ATTENTION_IMPLS = {}
-        self._FLASH_ATTENTION_ACTIVE = None
-
-    def register_flash_attention_impl(self, impl, *, register_fn):
-        self._FLASH_ATTENTION_IMPLS[impl] = register_fn
-
-    def activate_flash_attention_impl(self, impl):
-        self.restore_flash_attention_impl()
-        if impl not in self._FLASH_ATTENTION_IMPLS:
-            raise ValueError(f"Unknown flash attention impl '{impl}'")
-        handle = self._FLASH_ATTENTION_IMPLS[impl]()
-        if handle is not None:
-            self._FLASH_ATTENTION_ACTIVE = (impl, handle)
-
-    def restore_flash_attention_impl(self):
-        if self._FLASH_ATTENTION_ACTIVE is not None:
-            self._FLASH_ATTENTION_ACTIVE[1].remove()
-        self._FLASH_ATTENTION_ACTIVE = None
-
-    def current(self):
-        return None if self._FLASH_ATTENTION_ACTIVE is None else self._FLASH_ATTENTION_ACTIVE[0]
 
 
 @pytest.fixture(autouse=True)
 def _real_torch_is_left_alone(monkeypatch):
     """Where it has been imported, by other tests."""
-    monkeypatch.delitem(sys.modules, torch_registry.MODULE, raising=False)
-
-
-@pytest.fixture
-def torchs(monkeypatch):
-    """Torch's registry, with its implementation `X`."""
-    module = TorchsRegistry()
-    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
-    return module
+    monkeypatch.delitem(sys.modules, torch_state.MODULE, raising=False)
 
 
 @pytest.fixture
@@ -114,24 +78,28 @@ def test_restoring_torchs_on_its_side_is_seen_by_the_next_transition(ours, torch
     assert heard == [("torch:X", None)]
 
 
-def test_torch_imported_while_ours_is_active_learns_of_it(monkeypatch, kernels):
+def test_torch_imported_while_ours_is_active_learns_of_it(
+    monkeypatch, kernels, torchs_registry_type
+):
     registry = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
     registry.register("a", register_fn=kernels.installer("a"))
     registry.activate("a")
-    module = TorchsRegistry()
-    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
+    module = torchs_registry_type()
+    monkeypatch.setitem(sys.modules, torch_state.MODULE, module)
     registry.show_to_torch()
     assert (registry.current(), module.current()) == ("a", "a")
 
 
 @pytest.mark.parametrize("remove_raises", [False, True])
-def test_torchs_on_top_of_one_that_torch_did_not_know_of(monkeypatch, kernels, remove_raises):
+def test_torchs_on_top_of_one_that_torch_did_not_know_of(
+    monkeypatch, kernels, torchs_registry_type, remove_raises
+):
     registry = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
     stuck = kernels.installer_with_stuck_handle("a", OSError("busy"))
     registry.register("a", register_fn=stuck if remove_raises else kernels.installer("a"))
     registry.activate("a")
-    module = TorchsRegistry()
-    monkeypatch.setitem(sys.modules, torch_registry.MODULE, module)
+    module = torchs_registry_type()
+    monkeypatch.setitem(sys.modules, torch_state.MODULE, module)
     module.register_flash_attention_impl("X", register_fn=kernels.installer("X"))
     module.activate_flash_attention_impl("X")
     if remove_raises:
@@ -191,9 +159,8 @@ def test_without_a_handle_it_is_active_until_it_is_left_with_a_warning(ours, tor
         ours.restore()
     assert (ours.current(), torchs.current()) == (None, None)
     ours.activate("torch:Y")
-    torchs.restore_flash_attention_impl()
     with pytest.warns(RegistryWarning, match="cannot be removed"):
-        ours.show_to_torch()
+        torchs.restore_flash_attention_impl()
     assert (ours.current(), torchs.current()) == (None, None)
 
 
@@ -287,16 +254,20 @@ def test_names_that_only_torch_takes_do_no_harm(ours, torchs, kernels, name):
     assert kernels.running == "stock"
 
 
-def test_what_torchs_has_meanwhile_is_restored_by_it_first(ours, torchs, kernels):
-    install = torch_registry.InstallThroughTorch("Y", kernels.installer("Y"))
-    torchs.register_flash_attention_impl("Y", register_fn=install.register_fn)
-    torchs.activate_flash_attention_impl("X")  # by another thread, during a transition of ours
-    install()
-    assert (torchs.current(), kernels.installed) == ("Y", ["Y"])
+def test_what_torchs_has_meanwhile_is_taken_in_by_the_next_transition(ours, torchs, kernels):
+    def install():
+        torchs.activate_flash_attention_impl("X")  # by another thread, during this transition
+        return kernels.installer("Y")()
+
+    torchs.register_flash_attention_impl("Y", register_fn=install)
+    ours.activate("torch:Y")
+    assert (ours.current(), torchs.current(), kernels.installed) == ("torch:X", "X", ["X", "Y"])
+    ours.show_to_torch()
+    assert (ours.current(), torchs.current(), kernels.installed) == ("torch:X", "X", ["X"])
 
 
 def test_what_another_thread_restores_there_meanwhile_is_seen_next_time(ours, torchs, kernels):
-    ours.activate("torch:X")
+    torchs.activate_flash_attention_impl("X")
     ours.register(
         "b",
         register_fn=kernels.installer("b"),
@@ -349,7 +320,7 @@ def test_a_registry_of_its_own_has_nothing_to_do_with_torchs(torchs, registry, k
 )
 def test_a_registry_of_unknown_form_is_left_alone_and_said_so(torchs, kernels, change):
     change(torchs)
-    assert "not of the form" in torch_registry.why_apart()
+    assert "not of the form" in torch_state.why_apart()
     registry = Registry(Discovery(prefix="no.such.group"), in_step_with_torch=True)
     registry.register("a", register_fn=kernels.installer("a"))
     registry.activate("a")
@@ -357,20 +328,17 @@ def test_a_registry_of_unknown_form_is_left_alone_and_said_so(torchs, kernels, c
 
 
 def test_without_torch_it_says_so(monkeypatch):
-    monkeypatch.delitem(sys.modules, torch_registry.MODULE, raising=False)
-    assert torch_registry.why_apart() == "torch has not been imported"
-    assert torch_registry.loaded() is None
+    monkeypatch.delitem(sys.modules, torch_state.MODULE, raising=False)
+    assert torch_state.why_apart() == "torch has not been imported"
+    assert torch_state.loaded() is None
 
 
-def test_torch_that_is_gone_again_is_an_error_not_a_crash(ours, torchs, monkeypatch):
+def test_torch_that_is_gone_again_is_no_crash(ours, torchs, kernels, monkeypatch):
     torchs.activate_flash_attention_impl("X")
     ours.show_to_torch()
-    monkeypatch.delitem(sys.modules, torch_registry.MODULE)
-    install = torch_registry.InstallThroughTorch("X", None)
-    with pytest.raises(RuntimeError, match="gone"):
-        install()
+    monkeypatch.delitem(sys.modules, torch_state.MODULE)
     ours.restore()
-    assert ours.current() is None
+    assert (ours.current(), kernels.running) == (None, "stock")
 
 
 # Whether an implementation of torch's can be used

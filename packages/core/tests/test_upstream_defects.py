@@ -1,11 +1,14 @@
 """What goes wrong in the registry of torch 2.11 to 2.13, row by row, and does not go wrong here.
 
 Each docstring says what torch's does. `ab` has the implementations `a`, which is active, and `b`.
+What torch leaves behind when its own FA3 fails is in `test_torch_registry`.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 
 import pytest
@@ -42,6 +45,17 @@ def test_a_register_fn_that_returns_none(ab, kernels):
     assert (ab.current(), kernels.running) == ("c", "c")
     with pytest.warns(RegistryWarning, match="cannot be removed"):
         ab.restore()
+    assert ab.current() is None
+
+
+def test_the_one_after_a_register_fn_that_returned_none(ab, kernels):
+    """Torch's goes back, from the next one, to kernels that it does not know of."""
+    ab.register("c", register_fn=kernels.installer_without_handle("c"))
+    ab.activate("c")
+    with pytest.warns(RegistryWarning, match="Left flash attention impl 'c'"):
+        ab.activate("b")
+    assert (ab.current(), kernels.running) == ("b", "b")
+    ab.restore()
     assert ab.current() is None
 
 
@@ -141,3 +155,50 @@ def test_leaving_a_scope(ab, kernels):
     with pytest.raises(KeyError, match="of the program"):
         fail_inside(ImplScope(ab, "b"), kernels)
     assert (ab.current(), kernels.installed) == ("a", ["a"])
+
+
+def test_unregistering(ab, kernels):
+    """Torch's has no way to: what was registered is listed for ever."""
+    ab.unregister("a")
+    assert (ab.names(), ab.current(), kernels.installed) == (["b"], None, [])
+
+
+def test_asking_before_activating(ab):
+    """Torch's has no way to: that something cannot run here is found out when it has failed."""
+    ab.register("c", register_fn=pytest.fail, availability=lambda: "needs a GPU of type sm_90")
+    reports = {report.name: report for report in ab.explain()}
+    assert reports["c"].unavailable_reason == "needs a GPU of type sm_90"
+    assert ab.current() == "a"
+
+
+def test_what_an_installed_distribution_offers(site, installed):
+    """Torch's knows it only once the program has imported it."""
+    site.install("offering", "1 / 0", provides={"offered": "offering:register"})
+    assert "offered" in installed.names()
+
+
+def test_what_the_environment_asks_for(ab, asked):
+    """Torch's documentation speaks of environment variables, and there is none."""
+    asked("b")
+    ab.request.activate()
+    assert ab.current() == "b"
+
+
+def test_two_threads_at_once(ab, kernels):
+    """Torch's takes no lock: both remove what is active, and the kernels of one are never found."""
+    both = threading.Barrier(2)
+    install = kernels.installer("c")
+    ab.register("c", register_fn=lambda: time.sleep(0.05) or install())
+
+    def activate(name):
+        both.wait(20)
+        ab.activate(name)
+
+    threads = [threading.Thread(target=activate, args=(name,)) for name in "bc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert kernels.installed == [ab.current()]
+    ab.restore()
+    assert kernels.installed == []

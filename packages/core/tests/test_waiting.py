@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import types
 
 import pytest
 
 from flash_attention_registry import ImplUnavailableError
-from flash_attention_registry.waiting import BusyError, WithoutWaiting, acquire, do_unless_busy
+from flash_attention_registry.lock import Lock
+from flash_attention_registry.waiting import BusyError, do_unless_busy, without_waiting
 
 WAIT = 20  # seconds; a test that waits longer than this hangs
 
@@ -31,44 +33,50 @@ class Elsewhere:
         assert not self.thread.is_alive()
 
 
+def never():
+    pytest.fail("must not be called")
+
+
 def test_a_lock_that_is_free_is_taken_either_way():
-    lock = threading.Lock()
-    acquire(lock)
-    lock.release()
-    with WithoutWaiting():
-        acquire(lock)
-    assert lock.locked()
+    lock = Lock()
+    assert lock.hold(lock.is_mine)
+    assert without_waiting(lambda: lock.hold(lock.is_mine))
+    assert lock.is_free()
 
 
 def test_a_lock_that_is_held_is_not_waited_for():
-    lock = threading.Lock()
-    with lock, WithoutWaiting(), pytest.raises(BusyError, match="another thread") as busy:
-        acquire(lock)
+    lock = Lock()
+    other = Elsewhere(lock.hold)
+    with pytest.raises(BusyError, match="another thread") as busy:
+        without_waiting(lambda: lock.hold(never))
+    assert not busy.value.is_over()
+    other.finish()
     assert busy.value.is_over()
 
 
 def test_what_needs_a_held_lock_is_left_to_its_holder():
-    lock, calls = threading.Lock(), []
+    lock, calls = Lock(), []
 
     def action():
         calls.append(1)
-        acquire(lock)
+        lock.hold(never)
 
-    with lock:
-        do_unless_busy(action)
+    other = Elsewhere(lock.hold)
+    do_unless_busy(action)
     assert calls == [1]
+    other.finish()
 
 
 def test_it_is_tried_again_if_the_holder_has_just_finished():
-    lock, calls = threading.Lock(), []
-    lock.acquire()
+    lock, calls = Lock(), []
+    other = Elsewhere(lock.hold)
 
     def action():
         calls.append(1)
         try:
-            acquire(lock)
+            lock.hold(lambda: None)
         except BusyError:
-            lock.release()  # the other thread, at this very moment
+            other.finish()  # at this very moment
             raise
 
     do_unless_busy(action)
@@ -87,7 +95,7 @@ def test_a_request_is_settled_by_the_thread_that_changes_the_registry(registry, 
 
     other = Elsewhere(explain)
     asked("a")
-    registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    registry.request.honour(lambda *_: pytest.fail("nothing needs CUDA"))
     assert (registry.current(), registry.request.pending) == (None, ("a",))
     other.finish()
     assert (registry.current(), registry.request.pending) == ("a", ())
@@ -95,14 +103,13 @@ def test_a_request_is_settled_by_the_thread_that_changes_the_registry(registry, 
 
 def test_a_request_is_settled_after_another_thread_has_loaded_a_provider(installed, kernels, asked):
     def load(hold):
-        with installed.discovery._lock:
-            hold()
+        installed.discovery._lock.hold(hold)
         installed.register("b", register_fn=kernels.installer("b"))
 
     other = Elsewhere(load)
     asked("b")
-    installed.discovery._entries = {"b": None, **installed.discovery.entries()}
-    installed.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    installed.discovery.entries()["b"] = types.SimpleNamespace(value="nowhere:register")
+    installed.request.honour(lambda *_: pytest.fail("nothing needs CUDA"))
     assert (installed.current(), installed.request.pending) == (None, ("b",))
     installed.discovery.refresh()
     other.finish()
@@ -126,7 +133,7 @@ def register():
 
     other = Elsewhere(activate)
     asked("late")
-    installed.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    installed.request.honour(lambda *_: pytest.fail("nothing needs CUDA"))
     assert installed.discovery.failure("late") is None
     other.finish()
     assert (installed.current(), installed.request.pending) == ("late", ())
@@ -136,12 +143,11 @@ def test_a_request_is_left_to_the_thread_that_settles_it(registry, kernels, aske
     registry.register("a", register_fn=kernels.installer("a"))
 
     def settle(hold):
-        with registry.request._lock:
-            hold()
+        registry.request._lock.hold(hold)
 
     other = Elsewhere(settle)
     asked("a")
-    registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    registry.request.honour(lambda *_: pytest.fail("nothing needs CUDA"))
     assert (registry.current(), registry.request.pending) == (None, ("a",))
     other.finish()
     registry.explain()
@@ -153,7 +159,7 @@ def test_a_failed_activation_does_not_lose_the_request_that_came_up_in_it(regist
     registry.register("a", register_fn=kernels.installer("a"))
 
     def import_torch():
-        registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+        registry.request.honour(lambda *_: pytest.fail("nothing needs CUDA"))
         return "no GPU"
 
     registry.register("b", register_fn=lambda: None, availability=import_torch)
@@ -167,7 +173,7 @@ def test_what_is_raised_after_a_transition_comes_with_its_own_error(registry, as
     monkeypatch.setenv("FLASH_ATTENTION_IMPL_STRICT", "1")
 
     def import_torch():
-        registry.request.honour(lambda: None)
+        registry.request.honour(lambda *_: None)
         return "no GPU"
 
     registry.register("b", register_fn=lambda: None, availability=import_torch)
@@ -185,10 +191,10 @@ def test_a_request_is_tried_again_if_the_other_thread_has_just_finished(
     def busy_at_first(name):
         calls.append(name)
         if len(calls) == 1:
-            raise BusyError(threading.Lock())  # which is free
+            raise BusyError(Lock())  # which is free
         activate(name)
 
     monkeypatch.setattr(registry, "activate", busy_at_first)
     asked("a")
-    registry.request.honour(lambda: pytest.fail("nothing needs CUDA"))
+    registry.request.honour(lambda *_: pytest.fail("nothing needs CUDA"))
     assert (calls, registry.current()) == (["a", "a"], "a")

@@ -12,9 +12,13 @@ where `my_package_autoload` is a module beside the package that holds nothing bu
     def autoload():
         try:
             from flash_attention_registry.autoload import autoload
-        except ImportError:
-            return
-        autoload()
+        except Exception as error:  # this package is gone or damaged
+            ...
+        else:
+            autoload()
+
+In the place of the dots it says so if `FLASH_ATTENTION_IMPL` asks for something, and raises if
+`FLASH_ATTENTION_IMPL_STRICT` is set as well; `fa4_triton_autoload` is an example.
 
 Torch ends with an error if an entry point cannot be loaded, so it must not be in the package, nor
 in this one: either may be gone while the other's metadata is still there. Torch calls no entry
@@ -28,6 +32,10 @@ from flash_attention_registry.errors import describe
 from flash_attention_registry.waiting import do_unless_busy
 from flash_attention_registry.warn import warn_or_log
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _called = False
 
 
@@ -39,7 +47,7 @@ def autoload() -> None:
     unless `FLASH_ATTENTION_IMPL_STRICT` is set.
 
     Raises:
-        EnvironmentVariableError: `FLASH_ATTENTION_IMPL` cannot be understood, in a strict
+        EnvironmentVariableError: A variable of this package cannot be understood, in a strict
             environment.
         RequestUnavailableError: Nothing that it asks for could be activated, in a strict
             environment.
@@ -64,8 +72,8 @@ def was_called() -> bool:
     return _called
 
 
-def _await_first_call() -> None:
-    """Let the first attention call on a GPU settle what is pending."""
+def _await_first_call(device_type: str, first: Callable[[], bool]) -> None:
+    """Let the next attention call on a device settle what is pending."""
     from flash_attention_registry.sdpa.router import await_first_call
 
-    await_first_call("cuda", default_registry().request.settle)
+    await_first_call(device_type, first)

@@ -1,16 +1,19 @@
 """The command `flash-attention`: what is installed, why it is not used, and whether it really is.
 
-Nothing imports this module but the command itself. With `--json` there is one JSON document on
-standard output and nothing else. Its keys are stable, and what is unknown is null:
+Nothing imports this module but the command itself. On standard output there is its answer and
+nothing else; whatever torch, a provider or a child process prints goes to standard error, until the
+process has ended. With `--json` the answer is one JSON document. Its keys are stable, and what is
+unknown is null:
 
 `list`
     `implementations`, a list of `name`, `family`, `distribution`, `version`, `active` and
-    `problem` (why it would not be used; a conflict between distributions, for instance).
+    `problem` (why it would not be used; a conflict between distributions, for instance);
+    `unreadable`, a list of texts: the files of installed metadata that cannot be read, and why.
 
 `explain`
     `implementations`, a list of what `ImplReport` holds, all of it or what the name means; `name`,
     which was asked about; `usable` and, if so, `would_take`, which implementation activating the
-    name would take; if not, `reason`. Without a name these four are null.
+    name would take; if not, `reason`. Without a name these four are null. `unreadable`, as above.
 
 `doctor`
     `ok`, and what `flash_attention_registry.doctor.findings.Diagnosis` holds.
@@ -18,8 +21,8 @@ standard output and nothing else. Its keys are stable, and what is unknown is nu
 any of them, if there is nothing else to say
     `error`, a text.
 
-The exit status is 0 if all is well, 1 if what was asked for is not usable, 2 if the command line
-cannot be understood.
+The exit status is 0 if all is well, 1 if what was asked for is not usable or an environment
+variable cannot be understood, 2 if the command line cannot be.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 
+from flash_attention_registry import environment
 from flash_attention_registry.errors import (
     FlashAttentionRegistryError,
     UnknownImplError,
@@ -41,7 +45,7 @@ from flash_attention_registry.layout import columns, plain, wrapped
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
+    from typing import Any, TextIO
 
     from flash_attention_registry.report import ImplReport
 
@@ -67,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: What stands after the command's name; None takes it from `sys.argv`.
+        arguments: What stands after the command's name. None takes it from `sys.argv`, and the
+            standard output of the process, to its end, for the answer alone.
 
     Returns:
         The exit status: 0, or 1 if what was asked for is not usable.
@@ -76,26 +81,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 2, `arguments` cannot be understood; with 0, help was asked for.
     """
     options = _parser().parse_args(arguments)
+    taken = _take_standard_output() if arguments is None else None
     try:
         # What torch or a provider prints meanwhile must not be taken for the answer.
         with redirect_stdout(sys.stderr):
             answer: _Answer = options.command(options)
     except FlashAttentionRegistryError as error:
-        if options.json:
-            _print(json.dumps({"error": text_of(error)}))
-        else:
+        answer = _Answer({"error": text_of(error)}, "", ok=False)
+        if not options.json:
             print(plain(wrapped(f"flash-attention: {text_of(error)}")), file=sys.stderr)
-        return 1
-    _print(json.dumps(answer.document, indent=2) if options.json else plain(answer.text))
+            return 1
+    text = json.dumps(answer.document, indent=2) if options.json else plain(answer.text)
+    if taken is None:
+        _print(text, sys.stdout)
+    else:
+        with taken:
+            _print(text, taken)
     return 0 if answer.ok else 1
 
 
-def _print(text: str) -> None:
+def _take_standard_output() -> TextIO | None:
+    """Return a stream to standard output, which from now on nothing else writes to.
+
+    Not even a child process, which inherits the descriptor and knows nothing of `sys.stdout`, nor
+    what is printed when the interpreter ends: the descriptor stands for standard error from now on.
+
+    Returns:
+        The stream, or None if somebody has put another one in the place of `sys.stdout`, or if
+        there is none.
+    """
+    out, err = sys.__stdout__, sys.__stderr__
+    if out is None or out is not sys.stdout:
+        return None
+    out.flush()
+    elsewhere = os.open(os.devnull, os.O_WRONLY) if err is None else err.fileno()
+    kept = os.dup(out.fileno())
+    os.dup2(elsewhere, out.fileno())
+    return open(kept, "w", encoding="ascii")
+
+
+def _print(text: str, stream: TextIO) -> None:
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Python flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(_options: argparse.Namespace) -> _Answer:
     from flash_attention_registry.default import default_registry
+    from flash_attention_registry.metadata import unreadable
 
+    environment.check()
     registry = default_registry()
     entries = registry.discovery.entries()
     implementations = []
@@ -161,7 +193,9 @@ def _list(_options: argparse.Namespace) -> _Answer:
     header = ("NAME", "FAMILY", "DISTRIBUTION", "VERSION", "ACTIVE", "PROBLEM")
     rows = [tuple(map(_cell, one.values())) for one in implementations]
     text = columns([header, *rows]) if rows else "No flash attention implementation is installed."
-    return _Answer({"implementations": implementations}, text)
+    damaged = unreadable()
+    document = {"implementations": implementations, "unreadable": damaged}
+    return _Answer(document, "\n\n".join([text, *map(wrapped, damaged)]))
 
 
 def _cell(value: object) -> str:
@@ -174,30 +208,38 @@ def _explain(options: argparse.Namespace) -> _Answer:
     from flash_attention_registry.default import explain_flash_attention_impls
     from flash_attention_registry.doctor import import_torch
     from flash_attention_registry.doctor.usable import meant_by, why_not_usable, would_take
+    from flash_attention_registry.metadata import unreadable
     from flash_attention_registry.report import format_reports
 
-    # First of all, as in a program: torch's own implementations are known then, and what the
-    # environment asks for is active.
-    refusal = import_torch().refusal
-    if refusal is not None:
-        raise refusal
+    environment.check()
+    # Before anything is asked, as in a program: torch's own implementations are known then, and
+    # what the environment asks for is active.
+    imported = import_torch()
+    damaged = unreadable()
+    if imported.refusal is not None:
+        raise imported.refusal
+    if imported.why_not_again() is not None:
+        told = [f"{imported.problem}. {imported.why_not_again()}", *damaged]
+        raise FlashAttentionRegistryError("\n".join(told))
     reports: Sequence[ImplReport] = explain_flash_attention_impls()
-    name, reason, taken, verdict = options.name, None, None, ""
+    name, reason, taken, verdict = options.name, None, None, []
     if name is not None:
         reason, taken = why_not_usable(name, reports), would_take(name, reports)
         reports = meant_by(name, reports)
         if not reports:
-            raise UnknownImplError(reason)
+            raise UnknownImplError("\n".join([f"{reason}", *damaged]))
         would = "fail" if taken is None else f"take {taken.name}"
-        verdict = f"\n\nActivating {name} would {would} here."
+        verdict = [f"Activating {name} would {would} here."]
     document = {
         "name": name,
         "usable": None if name is None else taken is not None,
         "would_take": None if taken is None else taken.name,
         "reason": reason,
         "implementations": [asdict(report) for report in reports],
+        "unreadable": damaged,
     }
-    return _Answer(document, wrapped(format_reports(reports)) + verdict, reason is None)
+    parts = [wrapped(format_reports(reports)), *map(wrapped, damaged), *verdict]
+    return _Answer(document, "\n\n".join(parts), reason is None)
 
 
 def _doctor(options: argparse.Namespace) -> _Answer:

@@ -21,16 +21,20 @@ from __future__ import annotations
 import _thread  # threading would double the time that importing this package takes
 
 from flash_attention_registry.errors import CudaNeededError
+from flash_attention_registry.indivisible import call_and_finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 
 class _Thread(_thread._local):
-    """How many blocks of `WithoutCuda` this thread is in."""
+    """Whether this thread may use CUDA in a check."""
 
-    blocks = 0
+    may_use_cuda = True
 
 
 _here = _Thread()
@@ -44,25 +48,19 @@ def before_using_cuda() -> None:
     Raises:
         CudaNeededError: Not yet. Let it pass: the registry catches it and asks again.
     """
-    if _here.blocks:
+    if not _here.may_use_cuda:
         raise CudaNeededError(
             "Whether this implementation can be used depends on the GPU, and CUDA must not be "
             "initialised yet: it is asked again at the first attention call on the GPU."
         )
 
 
-class WithoutCuda:
-    """A context manager in which `before_using_cuda` raises, in this thread."""
+def without_cuda(action: Callable[[], T]) -> T:
+    """Return `action()`, in which `before_using_cuda` raises, in this thread."""
+    before = _here.may_use_cuda
 
-    def __enter__(self) -> None:
-        """Begin."""
-        _here.blocks += 1
+    def forbidding() -> T:
+        _here.may_use_cuda = False
+        return action()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End."""
-        _here.blocks -= 1
+    return call_and_finish(forbidding, lambda: setattr(_here, "may_use_cuda", before))

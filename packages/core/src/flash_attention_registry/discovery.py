@@ -9,7 +9,8 @@ The entry point's name is the implementation's. Its value names a callable witho
 module that is cheap to import, that calls `register_flash_attention_impl("my-impl", ...)`. Names,
 distributions and versions are read without importing anything of the provider; so are the
 conflicts: a name that two distributions claim, and a provider made for another provider API, which
-the number in the group's name tells.
+the number in the group's name tells. A distribution whose metadata cannot be read is left out and
+told of.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import _thread  # threading would double the time that importing this package ta
 from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import describe
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.indivisible import call_and_finish
+from flash_attention_registry.lock import Lock
 from flash_attention_registry.registration import why_reserved
-from flash_attention_registry.waiting import BusyError, acquire
+from flash_attention_registry.waiting import BusyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
-    from importlib.metadata import EntryPoint
+
+    from flash_attention_registry.metadata import Declared
 
 PROVIDER_API = 1
 """What a provider's callable may rely on; changes only when that does."""
@@ -43,20 +47,21 @@ class ProviderEntry:
     Attributes:
         name: The implementation's name.
         value: The object reference, such as ``"my_package:register"``.
-        distribution: The distribution that declares it, or None if its metadata does not say.
+        distribution: The distribution that declares it, or the folder of its metadata if those do
+            not say; None if there is no folder either.
         version: That distribution's version, or None.
         conflict: Why it must not be imported, or None.
     """
 
     __slots__ = ("_point", "conflict", "distribution", "name", "value", "version")
 
-    def __init__(self, point: EntryPoint) -> None:
-        """Read what the metadata says about `point`."""
-        self._point = point
+    def __init__(self, declared: Declared) -> None:
+        """Keep what the metadata says."""
+        self._point = declared.point
         self.conflict: str | None = None
-        self.name = point.name
-        self.value = point.value
-        self.distribution, self.version = _origin(point)
+        self.name = declared.point.name
+        self.value = declared.point.value
+        self.distribution, self.version = declared.distribution, declared.version
 
     def register(self) -> None:
         """Import the provider and let it register its implementation."""
@@ -69,6 +74,22 @@ class ProviderEntry:
         )
 
 
+class Scan:
+    """What the metadata of installed distributions says; never changed.
+
+    Attributes:
+        entries: What is offered, by name.
+        unreadable: The files that could not be read, and why.
+    """
+
+    __slots__ = ("entries", "unreadable")
+
+    def __init__(self, entries: dict[str, ProviderEntry], unreadable: tuple[str, ...]) -> None:
+        """Keep both."""
+        self.entries = entries
+        self.unreadable = unreadable
+
+
 class Discovery(ForkSensitive):
     """What is offered, what of it was loaded, and what of it could not be.
 
@@ -79,32 +100,46 @@ class Discovery(ForkSensitive):
     def __init__(self, prefix: str = GROUP_PREFIX) -> None:
         """Prepare to look into the groups that begin with `prefix`; nothing is read yet."""
         super().__init__()
+        self._lock = Lock()
         self._prefix = prefix
         self.refresh()
 
     def renew(self) -> None:
-        """Make a free lock and forget a loading that another thread had begun."""
-        # Reentrant because a provider's callable may ask the registry what there is.
-        self._lock = _thread.RLock()
+        """Forget a loading that another thread had begun."""
         self._loading: dict[str, int] = {}
 
     def refresh(self) -> None:
         """Forget the scan and every failed loading: the next question reads the metadata again."""
-        self._entries: dict[str, ProviderEntry] | None = None
+        self._scan: Scan | None = None
         self._failures: dict[str, str] = {}
 
     def entries(self) -> dict[str, ProviderEntry]:
         """Return what is offered, by name, without importing it. Not to be changed."""
+        return self._scanned().entries
+
+    def unreadable(self) -> tuple[str, ...]:
+        """Return the files of metadata that cannot be read, and why; what they offer is missing."""
+        return self._scanned().unreadable
+
+    def _scanned(self) -> Scan:
         # Without the lock, here and in forget: a thread in a transition must not wait for a thread
         # that loads a provider, because that one waits for the transition in order to register.
-        entries = self._entries
-        if entries is None:
-            entries = self._entries = _scan(self._prefix)
-        return entries
+        scan = self._scan
+        if scan is None:
+            scan = self._scan = _scan(self._prefix)
+        return scan
 
     def names_seen(self) -> Collection[str]:
         """Return the names that are offered as far as they are known without reading metadata."""
-        return self._entries or ()
+        scan = self._scan
+        return () if scan is None else scan.entries
+
+    def packages_seen(self) -> set[str]:
+        """Return the top-level packages of the providers, as far as they are known like that."""
+        scan = self._scan
+        if scan is None:
+            return set()
+        return {entry.value.partition(":")[0].partition(".")[0] for entry in scan.entries.values()}
 
     def failure(self, name: str) -> str | None:
         """Return why the entry point of that name was not, or is not to be, loaded; or None.
@@ -134,33 +169,34 @@ class Discovery(ForkSensitive):
             BusyError: Another thread is loading one or changing the registry, and this one must not
                 wait for it.
         """
-        lock = self._lock
-        acquire(lock)
-        try:
-            entry = self.entries().get(name)
-            if entry is None or self.failure(name) is not None or name in self._loading:
-                return
-            if is_registered(name):
-                return
+        self._lock.hold(lambda: self._load(name, is_registered))
+
+    def _load(self, name: str, is_registered: Callable[[str], bool]) -> None:
+        entry = self.entries().get(name)
+        if entry is None or self.failure(name) is not None or name in self._loading:
+            return
+        if is_registered(name):
+            return
+
+        def register() -> None:
             self._loading[name] = _thread.get_ident()
-            try:
-                entry.register()
-            except BusyError:
-                raise  # no fault of the provider, which is loaded again later
-            except (Exception, SystemExit) as error:
-                failure = f"{entry.value} of {entry.origin()} raised {describe(error)}"
-            else:
-                failure = (
-                    ""
-                    if is_registered(name)
-                    else (f"{entry.value} of {entry.origin()} ran without registering {name!r}")
+            entry.register()
+
+        try:
+            call_and_finish(register, lambda: self._loading.pop(name, None))
+        except BusyError:
+            raise  # no fault of the provider, which is loaded again later
+        except (Exception, SystemExit) as error:
+            self._failures[name] = f"{entry.value} of {entry.origin()} raised {describe(error)}"
+        else:
+            if not is_registered(name):
+                self._failures[name] = (
+                    f"{entry.value} of {entry.origin()} ran without registering {name!r}"
                 )
-            finally:
-                del self._loading[name]
-            if failure:
-                self._failures[name] = failure
-        finally:
-            lock.release()
+
+    def is_loading(self) -> bool:
+        """Return whether the calling thread is loading a provider."""
+        return self._lock.is_mine()
 
     def being_loaded(self, name: str) -> ProviderEntry | None:
         """Return the entry point of that name if the calling thread is loading it now."""
@@ -170,44 +206,32 @@ class Discovery(ForkSensitive):
 
     def forget(self, name: str) -> None:
         """Leave that entry point out until the next `refresh`."""
-        self._entries = {k: v for k, v in self.entries().items() if k != name}
+        scan = self._scanned()
+        entries = {k: v for k, v in scan.entries.items() if k != name}
+        self._scan = Scan(entries, scan.unreadable)
         self._failures.pop(name, None)
 
-    def save(self) -> tuple[dict[str, ProviderEntry] | None, dict[str, str]]:
+    def save(self) -> tuple[Scan | None, dict[str, str]]:
         """Return the scan and the failures, for `restore`."""
-        return self._entries, dict(self._failures)
+        return self._scan, dict(self._failures)
 
-    def restore(self, saved: tuple[dict[str, ProviderEntry] | None, dict[str, str]]) -> None:
+    def restore(self, saved: tuple[Scan | None, dict[str, str]]) -> None:
         """Go back to what `save` returned."""
-        self._entries, self._failures = saved[0], dict(saved[1])
+        self._scan, self._failures = saved[0], dict(saved[1])
 
 
-def _origin(point: EntryPoint) -> tuple[str | None, str | None]:
-    """Return the distribution's name and version, both None if its metadata cannot be read."""
-    if point.dist is None:
-        return None, None
-    try:
-        return point.dist.name, point.dist.version
-    except Exception:  # one damaged installation must not hide every other implementation
-        return None, None
+def _scan(prefix: str) -> Scan:
+    """Read the entry points of all provider APIs; one entry for each name, conflicts noted."""
+    from flash_attention_registry.metadata import declared_in  # most processes need no scan
 
-
-def _scan(prefix: str) -> dict[str, ProviderEntry]:
-    """Read the entry points of all provider APIs; one entry for each name, conflicts noted.
-
-    Of two installations of one distribution the first on `sys.path` counts, as for imports.
-    """
-    from importlib.metadata import entry_points  # 30 to 40 ms that most processes need not pay
-
-    everything = entry_points()
+    declared, unreadable = declared_in(prefix)
     claims: dict[str, list[tuple[int, ProviderEntry]]] = {}
-    for group in sorted(everything.groups):
-        api = group[len(prefix) :]
-        if group.startswith(prefix) and api.isdecimal():
-            for point in everything.select(group=group):
-                entry = ProviderEntry(point)
-                claims.setdefault(entry.name, []).append((int(api), entry))
-    return {name: _settle_claims(claimed) for name, claimed in claims.items()}
+    for one in declared:
+        api = one.point.group[len(prefix) :]
+        if api.isdecimal():
+            claims.setdefault(one.point.name, []).append((int(api), ProviderEntry(one)))
+    entries = {name: _settle_claims(claimed) for name, claimed in claims.items()}
+    return Scan(entries, tuple(unreadable))
 
 
 def _settle_claims(claims: Sequence[tuple[int, ProviderEntry]]) -> ProviderEntry:

@@ -74,6 +74,22 @@ def disabled() -> frozenset[str]:
     return frozenset(_names(DISABLE))
 
 
+def check() -> None:
+    """Raise if one of the variables cannot be understood, needed or not.
+
+    Raises:
+        EnvironmentVariableError: It says of each of them what is the matter.
+    """
+    problems = []
+    for read in (requested, strict, disabled):
+        try:
+            read()
+        except EnvironmentVariableError as error:
+            problems.append(str(error))
+    if problems:
+        raise EnvironmentVariableError("\n".join(problems))
+
+
 def why_disabled(name: str, family: str | None = None) -> str | None:
     """Return why the user does not want this implementation used, or None.
 

@@ -8,9 +8,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flash_attention_registry.lock import Turn
     from flash_attention_registry.registration import Registration
     from flash_attention_registry.slot import Slot
+    from flash_attention_registry.transition import Turn
 
 
 def members_of(family: str, registrations: Iterable[Registration]) -> list[Registration]:
@@ -38,7 +38,7 @@ def activate_best(family: str, members: Sequence[Registration], slot: Slot, turn
         if member.name == slot.name() and member.why_unavailable() is None:
             return
     reasons: dict[str, str] = {}
-    failure: Exception | None = None
+    failure: Exception | SystemExit | None = None
     for member in members:
         reason = _why_not(member)
         if reason is None:
@@ -46,7 +46,7 @@ def activate_best(family: str, members: Sequence[Registration], slot: Slot, turn
                 slot.put(member, turn)
             except CudaNeededError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failure = error
                 reason = f"its activation raised {describe(error)}"
                 turn.warn(f"Passed over {member.name!r} of family {family!r}: {reason}.")

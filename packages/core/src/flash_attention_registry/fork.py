@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _thread  # threading would double the time that importing this package takes
 import os
-import weakref
+from _weakrefset import WeakSet  # all of weakref would take twice as long to import
 
 
 class ForkSensitive:
@@ -37,7 +37,7 @@ class ForkSafeLock(ForkSensitive):
         self.lock = _thread.allocate_lock()
 
 
-_alive: weakref.WeakSet[ForkSensitive] = weakref.WeakSet()
+_alive: WeakSet[ForkSensitive] = WeakSet()
 
 
 def _renew_all() -> None:

@@ -1,163 +1,120 @@
-"""One transition at a time: the lock, who holds it, and what is said when it is released."""
+"""A lock that knows who holds it, and that nobody can leave behind."""
 
 from __future__ import annotations
 
 import _thread  # threading would double the time that importing this package takes
+import sys
+from itertools import compress, starmap
 
-from flash_attention_registry.errors import ReentrantTransitionError, add_error
 from flash_attention_registry.fork import ForkSensitive
-from flash_attention_registry.waiting import acquire
-from flash_attention_registry.warn import warn_caller
+from flash_attention_registry.indivisible import call_and_finish
+from flash_attention_registry.waiting import BusyError, may_wait
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Protocol
+    from collections.abc import Callable
+    from typing import TypeVar
 
-    class Around(Protocol):
-        """What happens inside of the lock before and after each transition."""
+    T = TypeVar("T")
 
-        def begin(self, turn: Turn) -> None:
-            """Prepare; `turn` takes warnings and errors to be raised in the end."""
-
-        def end(self) -> None:
-            """Finish, also after an error."""
-
-        def released(self) -> None:
-            """Do what had to wait for the lock to be free."""
+PATIENCE = 1.0
+"""Seconds of waiting after which it is looked whether whoever holds the lock is still at it."""
 
 
-class TransitionLock(ForkSensitive):
-    """The lock round every change of a registry.
+class Lock(ForkSensitive):
+    """Held by one thread at a time, for as long as a call lasts, however that ends.
 
-    Other threads wait for it; the thread that holds it is refused with
-    `ReentrantTransitionError`, where a plain lock would hang and a reentrant one would let a
-    half-made change be changed again. In a forked child it is new and free: the thread that held
-    it does not exist there.
+    Taking it and noting whose it is are one step, and so is giving it back: an interrupt finds it
+    taken and known or not taken at all. Should several interrupts, one right after another, keep
+    both of the attempts to give it back from being made, the next who asks for it takes it away. In
+    a forked child it is new and free: the thread that held it does not exist there.
     """
 
     def renew(self) -> None:
-        """Make a free lock that nobody holds."""
-        self._lock = _thread.allocate_lock()
-        self._owner: int | None = None
-        self._doing = ""
+        """Make it free."""
+        self._state = _State()
 
-    def refuse_reentry(self, wanted: str) -> None:
-        """Raise if the calling thread is inside a transition.
-
-        Args:
-            wanted: What the caller wants to do, as in "activate 'fa4-triton'".
+    def hold(self, action: Callable[[], T]) -> T:
+        """Return `action()`, during which this thread holds the lock; it may do so already.
 
         Raises:
-            ReentrantTransitionError: The calling thread holds the lock.
+            BusyError: Another thread holds it, and this one must not wait (`without_waiting`).
         """
         if self.is_mine():
-            raise ReentrantTransitionError(
-                f"Cannot {wanted}: this thread is in the middle of another transition "
-                f"({self._doing}). A register_fn, prepare, remove, availability or recommended "
-                f"callable, or a transition listener, must not change or load the registry; "
-                f"do it after that call has returned."
-            )
+            return action()
+        return _hold(self, self._state, action)
 
     def is_mine(self) -> bool:
-        """Return whether the calling thread is inside a transition."""
-        return self._owner == _thread.get_ident()
+        """Return whether the calling thread is inside of `hold`."""
+        holding = self._state.holding()
+        if holding is None or holding.thread != _thread.get_ident():
+            return False
+        if _is_in_hold(holding.thread):
+            return True
+        self._state.give_back(holding)
+        return False
 
-    def hold(self, doing: str, around: Around | None = None) -> Turn:
-        """Return a context manager that holds the lock while `doing` is done.
-
-        Args:
-            doing: What is done, for messages.
-            around: What is to happen right after the lock is taken, and right before and right
-                after it is released.
-        """
-        return Turn(self, doing, around)
-
-    def _acquire(self, doing: str) -> _thread.LockType:
-        self.refuse_reentry(doing)
-        lock = self._lock
-        acquire(lock)
-        self._owner = _thread.get_ident()
-        self._doing = doing
-        return lock
-
-    def _release(self, lock: _thread.LockType) -> None:
-        self._owner = None
-        lock.release()  # the one that was acquired: after a fork inside the turn, another is in use
+    def is_free(self) -> bool:
+        """Return whether nobody holds it."""
+        return self._state.holding() is None
 
 
-class Turn:
-    """One holding of the lock, and what has to be said once it is free again.
+class _Holding:
+    """One holding of a lock, by the thread that makes this object."""
 
-    Warnings wait until then because a filter may turn them into exceptions, which must not
-    interrupt a transition half way. One exception leaves a turn: an interrupt before an error,
-    an error before a warning that a filter made an exception. The others become its notes.
-    """
+    __slots__ = ("thread",)
 
-    def __init__(self, lock: TransitionLock, doing: str, around: Around | None) -> None:
-        """Remember what to hold; nothing is acquired before the block is entered."""
-        self._transition_lock = lock
-        self._doing = doing
-        self._around = around
-        self._warnings: list[str] = []
-        self._errors: list[BaseException] = []
+    def __init__(self) -> None:
+        self.thread = _thread.get_ident()
 
-    def warn(self, text: str) -> None:
-        """Give a `RegistryWarning` when the turn is over."""
-        self._warnings.append(text)
 
-    def raise_after(self, error: BaseException) -> None:
-        """Raise `error` when the turn is over; if the turn itself raises, it is a note of that.
+class _State:
+    """The lock itself, and whose it is: in a table of one or none."""
 
-        An error that is no `Exception`, such as `KeyboardInterrupt`, is raised all the same.
-        """
-        self._errors.append(error)
+    def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()
+        self._holdings: dict[_Holding, bool] = {}
 
-    def __enter__(self) -> Turn:
-        """Acquire the lock.
+    def holding(self) -> _Holding | None:
+        holdings = list(self._holdings)
+        return holdings[0] if holdings else None
 
-        Raises:
-            ReentrantTransitionError: The calling thread holds it already.
-        """
-        self._held = self._transition_lock._acquire(self._doing)
-        if self._around is not None:
-            try:
-                self._around.begin(self)
-            except BaseException:
-                self._transition_lock._release(self._held)
-                raise
-        return self
+    def take(self, holding: _Holding, seconds: float) -> bool:
+        """Take the lock if it becomes free within so many seconds; return whether it did."""
+        is_taken = starmap(self._lock.acquire, ((True, seconds),))
+        self._holdings.update(compress(((holding, True),), is_taken))
+        return self.holding() is holding
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Release the lock, then warn, then raise what was to be raised afterwards."""
-        try:
-            if self._around is not None:
-                self._around.end()
-        finally:
-            self._transition_lock._release(self._held)
-        errors = [*self._errors]
-        if self._around is not None:
-            try:
-                self._around.released()
-            except BaseException as error:
-                errors.append(error)
-        for text in self._warnings:
-            try:
-                warn_caller(text)
-            except Exception as error:
-                errors.append(error)
-        first = exc if exc is not None else next(iter(errors), None)
-        if first is None:
-            return
-        if isinstance(first, Exception):
-            first = next((one for one in errors if not isinstance(one, Exception)), first)
-        for other in errors:
-            if other is not first:
-                add_error(first, other)
-        if first is not exc:
-            raise first
+    def give_back(self, holding: _Holding) -> None:
+        """Release the lock if it is held by `holding`, also if that is another thread's."""
+        was_held = map(self._holdings.pop, (holding,), (False,))
+        list(starmap(self._lock.release, compress(((),), was_held)))
+
+
+def _hold(lock: Lock, state: _State, action: Callable[[], T]) -> T:
+    """Take the lock, act, give it back; a thread holds a lock only in here."""
+    # Always this state: if the action forks, the child's lock has another one.
+    mine = _Holding()
+
+    def holding() -> T:
+        while not state.take(mine, PATIENCE if may_wait() else 0.0):
+            if not may_wait():
+                raise BusyError(lock)
+            theirs = state.holding()
+            if theirs is not None and not _is_in_hold(theirs.thread):
+                state.give_back(theirs)
+        return action()
+
+    return call_and_finish(holding, lambda: state.give_back(mine))
+
+
+def _is_in_hold(thread: int) -> bool:
+    """Whether a thread, if it still runs, is inside of `_hold`, for whatever lock."""
+    frame = sys._current_frames().get(thread)
+    if frame is not None and "greenlet" in sys.modules:
+        return True  # as far as can be told: the frames of a greenlet that waits are on no stack
+    while frame is not None:
+        if frame.f_code is _hold.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.discovery import ProviderEntry
     from flash_attention_registry.handle import FlashAttentionHandle
+    from flash_attention_registry.indivisible import Call
 
     RegisterFn = Callable[[], FlashAttentionHandle | None]
     ReasonCheck = Callable[[], str | None]
@@ -95,6 +96,10 @@ class Registration:
         self._availability = availability
         self._recommended = recommended
 
+    def install(self, call: Call) -> None:
+        """Run the `register_fn` as `call`, which tells how far it got whatever is raised."""
+        call.run(self.register_fn)
+
     def why_unavailable(self) -> str | None:
         """Return why the implementation cannot run here, or must not, or None if it can.
 
@@ -155,7 +160,7 @@ def _ask(what: str, check: ReasonCheck | None) -> str | None:
         answer: object = check()
     except CudaNeededError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # nothing that is asked ends the program
         return f"{what} check raised {describe(error)}"
     if answer is None:
         return None

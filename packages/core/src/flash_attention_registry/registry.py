@@ -9,16 +9,15 @@ from flash_attention_registry.errors import (
     NotRegisteredError,
     RestoreError,
     UnknownImplError,
-    add_error,
     add_note,
     text_of,
 )
-from flash_attention_registry.lock import TransitionLock
 from flash_attention_registry.registration import Registration, refuse_reserved
 from flash_attention_registry.request import EnvironmentRequest
 from flash_attention_registry.slot import Slot
 from flash_attention_registry.snapshot import RegistrySnapshot
 from flash_attention_registry.torch_registry import TorchRegistry
+from flash_attention_registry.transition import Transitions
 from flash_attention_registry.warn import warn_or_log
 
 TYPE_CHECKING = False
@@ -26,10 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from flash_attention_registry.handle import FlashAttentionHandle
-    from flash_attention_registry.lock import Turn
     from flash_attention_registry.registration import ReasonCheck, RegisterFn
     from flash_attention_registry.report import ImplReport
+    from flash_attention_registry.scope import Entry
     from flash_attention_registry.slot import Active, Listener, ListenerHandle
+    from flash_attention_registry.transition import Turn
+
+
+RESTORE = "restore stock kernels"
 
 
 class Registry:
@@ -59,13 +62,26 @@ class Registry:
         """
         self.discovery = discovery if discovery is not None else Discovery()
         self.request = EnvironmentRequest(self)
-        self._lock = TransitionLock()
         self._slot = Slot()
         self._torch = TorchRegistry(self, self._slot, connected=in_step_with_torch)
+        self._transitions = Transitions(around=self)
         self._registrations: dict[str, Registration] = {}  # replaced, never changed
 
-    def _turn(self, doing: str) -> Turn:
-        return self._lock.hold(doing, around=self._torch)
+    # Around each transition
+
+    def begin(self, turn: Turn) -> None:
+        """Complete what interrupts have broken off, and look at what torch's registry did."""
+        self._slot.settle(turn)
+        self._torch.begin(turn)
+
+    def end(self, turn: Turn) -> None:
+        """Complete what an interrupt has broken off just now, and tell torch's registry."""
+        self._slot.settle(turn)
+        self._torch.end()
+
+    def released(self) -> None:
+        """Go on with what the environment asks for, if that had to wait for this transition."""
+        self.request.resume()
 
     # Registering
 
@@ -95,14 +111,17 @@ class Registry:
         refuse_reserved("impl", impl)
         if family is not None:
             refuse_reserved(f"family of flash attention impl {impl!r}", family)
-        with self._turn(f"register {impl!r}"):
-            if entry is not None and impl in self._registrations:
-                return  # a direct call came first, and wins
-            self._registrations = {**self._registrations, impl: registration}
+
+        def change(_turn: Turn) -> None:
+            if entry is None or impl not in self._registrations:  # a direct call came first
+                self._registrations = {**self._registrations, impl: registration}
+
+        self._transitions.make(f"register {impl!r}", change)
 
     def unregister(self, impl: str) -> None:
         """See `unregister_flash_attention_impl`."""
-        with self._turn(f"unregister {impl!r}") as turn:
+
+        def change(turn: Turn) -> None:
             if impl not in self._registrations and impl not in self.discovery.entries():
                 raise NotRegisteredError(
                     f"Cannot unregister flash attention impl {impl!r}: it is not registered"
@@ -111,6 +130,8 @@ class Registry:
                 )
             self._drop(impl, turn)
             self.discovery.forget(impl)
+
+        self._transitions.make(f"unregister {impl!r}", change)
 
     def _drop(self, impl: str, turn: Turn) -> None:
         """Take `impl` out of the registrations, restoring stock kernels first if it is active."""
@@ -134,11 +155,15 @@ class Registry:
 
     def refuse_reentry(self, wanted: str) -> None:
         """Raise `ReentrantTransitionError` if the calling thread is inside a transition."""
-        self._lock.refuse_reentry(wanted)
+        self._transitions.refuse_reentry(wanted)
 
     def in_transition(self) -> bool:
         """Return whether the calling thread is inside a transition, or code that one runs."""
-        return self._lock.is_mine()
+        return self._transitions.is_mine()
+
+    def is_loading(self) -> bool:
+        """Return whether the calling thread is loading a provider, so that not all are known."""
+        return self.discovery.is_loading()
 
     def stuck_handles(self) -> tuple[FlashAttentionHandle, ...]:
         """Return the handles whose `remove()` raised; their kernels may still be installed."""
@@ -148,8 +173,10 @@ class Registry:
         """See `explain_flash_attention_impls`."""
         from flash_attention_registry.report import report_on  # dataclasses: only who asks pays
 
-        self._load(self.discovery.entries(), "explain the implementations")
-        with self._turn("explain the implementations"):
+        doing = "explain the implementations"
+        self._load(self.discovery.entries(), doing)
+
+        def explain(_turn: Turn) -> tuple[ImplReport, ...]:
             return tuple(
                 report_on(
                     name,
@@ -160,6 +187,8 @@ class Registry:
                 )
                 for name in self.names()
             )
+
+        return self._transitions.make(doing, explain)
 
     def registration(self, name: str) -> Registration | None:
         """Return what is registered under a name, here or in torch's registry; loads nothing."""
@@ -178,63 +207,62 @@ class Registry:
     def activate_for_torch(self, impl: str) -> Active | None:
         """Activate `impl`; return what is active then, for `restore_for_torch`."""
         self._load_for(impl)
-        with self._turn(f"activate {impl!r}") as turn:
+
+        def change(turn: Turn) -> Active | None:
             self._activate(impl, turn)
             return self._slot.active
 
+        return self._transitions.make(f"activate {impl!r}", change)
+
     def restore(self) -> None:
         """See `restore_flash_attention_impl`."""
-        with self._turn("restore stock kernels") as turn:
+
+        def change(turn: Turn) -> None:
             self.request.supersede()
             if self._slot.active is None:
                 turn.warn("No flash attention impl is active: there is nothing to restore.")
             self._slot.put(None, turn)
 
+        self._transitions.make(RESTORE, change)
+
     def restore_if_active(self) -> None:
         """Restore stock kernels, without a warning if they run already."""
-        with self._turn("restore stock kernels") as turn:
-            self._slot.put(None, turn)
+        self._transitions.make(RESTORE, lambda turn: self._slot.put(None, turn))
 
     def restore_for_torch(self, active: Active | None) -> None:
         """Restore stock kernels if `active` is still what is active; never a `RestoreError`."""
+
+        def change(turn: Turn) -> None:
+            if active is self._slot.active:
+                self._slot.put(None, turn)
+
         try:
-            with self._turn("restore stock kernels") as turn:
-                if active is self._slot.active:
-                    self._slot.put(None, turn)
+            self._transitions.make(RESTORE, change)
         except RestoreError as error:
             warn_or_log(text_of(error))
 
     def show_to_torch(self) -> None:
         """Let torch's registry list what is known here, and name what is active."""
-        if not self._lock.is_mine():  # else it happens when this transition ends
-            with self._turn("list implementations in torch's registry"):
-                pass
+        if not self.in_transition():  # else it happens when this transition ends
+            self._transitions.make("list implementations in torch's registry", bool)
 
-    def enter(self, impl: str) -> Active | None:
-        """Activate `impl`; return what was active before, for `leave`.
-
-        If this raises, what was active before is active again, if it can be.
-        """
+    def enter(self, impl: str, entry: Entry) -> None:
+        """Activate `impl` for a while, and note in `entry` what to return to."""
         self._load_for(impl)
-        activated = False
-        try:
-            with self._turn(f"activate {impl!r}") as turn:
-                previous = self._slot.active
-                self._activate(impl, turn)
-                activated = True
-        except BaseException as error:
-            if activated:  # what is raised when the turn is over
-                try:
-                    self.leave(previous)
-                except Exception as second:
-                    add_error(error, second)
-            raise
-        return previous
 
-    def leave(self, previous: Active | None) -> None:
-        """Make active again what `enter` returned; stock kernels if that cannot be."""
-        with self._turn("return to the previous implementation") as turn:
-            self._return_to(previous, turn)
+        def change(turn: Turn) -> None:
+            entry.note(self._slot.active)
+            self._activate(impl, turn)
+            entry.activated = True
+
+        self._transitions.make(f"activate {impl!r}", change)
+
+    def leave(self, entry: Entry) -> None:
+        """Make active again what was active at `entry`; stock kernels if that cannot be."""
+        self._transitions.make(
+            "return to the previous implementation",
+            lambda turn: self._return_to(entry.previous, turn),
+        )
 
     def _return_to(self, previous: Active | None, turn: Turn) -> None:
         now = self._slot.active
@@ -282,6 +310,8 @@ class Registry:
         for name in self.discovery.entries():
             if name not in self._registrations:
                 add_note(error, f"{name!r} could not be loaded: {self._why_not_loaded(name)}")
+        for text in self.discovery.unreadable():
+            add_note(error, text)
         raise error
 
     def _activate_exactly(self, registration: Registration, turn: Turn) -> None:
@@ -311,7 +341,7 @@ class Registry:
 
     def _load(self, names: Iterable[str], wanted: str) -> None:
         # Outside the lock: a provider's callable must be free to register.
-        self._lock.refuse_reentry(wanted)
+        self.refuse_reentry(wanted)
         for name in tuple(names):
             self.discovery.load(name, lambda name: name in self._registrations)
             if self.discovery.is_broken(name):
@@ -319,10 +349,13 @@ class Registry:
 
     def _drop_half_registered(self, name: str) -> None:
         """Take back what a provider registered before it failed."""
-        with self._turn(f"load the provider of {name!r}") as turn:
+
+        def change(turn: Turn) -> None:
             registration = self._registrations.get(name)
             if registration is not None and registration.entry is not None:
                 self._drop(name, turn)
+
+        self._transitions.make(f"load the provider of {name!r}", change)
 
     def _why_not_loaded(self, name: str) -> str:
         return self.discovery.failure(name) or "its provider has not registered it yet"
@@ -331,11 +364,13 @@ class Registry:
 
     def snapshot(self) -> RegistrySnapshot:
         """Return everything that `reset` needs to go back to this moment."""
-        with self._turn("take a snapshot"):
-            slot = self._slot
-            return RegistrySnapshot(
+        slot = self._slot
+        return self._transitions.make(
+            "take a snapshot",
+            lambda _turn: RegistrySnapshot(
                 self._registrations, slot.active, dict(slot.listeners), self.discovery.save()
-            )
+            ),
+        )
 
     def reset(self, snapshot: RegistrySnapshot) -> None:
         """Go back to the moment of `snapshot`.
@@ -347,14 +382,16 @@ class Registry:
         Args:
             snapshot: What `snapshot()` of this registry returned.
         """
-        with self._turn("reset the registry") as turn:
+
+        def change(turn: Turn) -> None:
             now = self._slot.active
             target = None if snapshot.active is None else snapshot.active.registration
             if now is not None and now.registration is not target:
                 self._slot.put(None, turn)
             self._registrations = snapshot.registrations
-            self._slot.listeners.clear()
-            self._slot.listeners.update(snapshot.listeners)
+            self._slot.keep_listeners(snapshot.listeners)
             self.discovery.restore(snapshot.discovery)
             if target is not None and self._slot.active is None:
                 self._slot.put(target, turn)
+
+        self._transitions.make("reset the registry", change)

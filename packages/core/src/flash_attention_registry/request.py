@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import _thread  # threading would double the time that importing this package takes
 import sys
 
 from flash_attention_registry import environment
-from flash_attention_registry.cuda import WithoutCuda
+from flash_attention_registry.cuda import without_cuda
 from flash_attention_registry.environment import IMPL, NATIVE
 from flash_attention_registry.errors import (
     CudaNeededError,
@@ -18,14 +17,18 @@ from flash_attention_registry.errors import (
     text_of,
 )
 from flash_attention_registry.fork import ForkSensitive
-from flash_attention_registry.waiting import BusyError, WithoutWaiting
+from flash_attention_registry.indivisible import call_and_finish
+from flash_attention_registry.lock import Lock
+from flash_attention_registry.waiting import BusyError, without_waiting
 from flash_attention_registry.warn import warn_or_log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from flash_attention_registry.registry import Registry
+
+    AwaitFirstCall = Callable[[str, Callable[[], bool]], object]
 
 
 class EnvironmentRequest(ForkSensitive):
@@ -33,6 +36,8 @@ class EnvironmentRequest(ForkSensitive):
 
     It is settled at once where that needs no CUDA. Where it does, it is pending: settled at the
     first attention call on a GPU, unless the program activates or restores something before that.
+    It is pending too while the provider cannot be used yet, since its own import is what imports
+    torch: settled by the next transition, or the first attention call on any device, after that.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -40,12 +45,12 @@ class EnvironmentRequest(ForkSensitive):
         self._registry = registry
         self._pending: tuple[str, ...] = ()
         self._awaits_first_call = False
-        self._await_first_call: Callable[[], object] | None = None
+        self._await_first_call: AwaitFirstCall | None = None
+        self._lock = Lock()
         super().__init__()
 
     def renew(self) -> None:
-        """Make a free lock; what is pending in the parent is pending in the child."""
-        self._lock = _thread.RLock()
+        """Forget that another thread was settling; what is pending is so in the child as well."""
         self._settling = False
 
     @property
@@ -68,26 +73,30 @@ class EnvironmentRequest(ForkSensitive):
             ReentrantTransitionError: Called inside a transition.
         """
         self._registry.refuse_reentry(f"activate what {IMPL} asks for")
-        with self._lock:
-            self._pending = environment.requested()
-            self._settle()
+        self._lock.hold(self._read_and_settle)
 
-    def honour(self, await_first_call: Callable[[], object]) -> None:
+    def _read_and_settle(self) -> None:
+        self._pending = environment.requested()
+        self._settle()
+
+    def honour(self, await_first_call: AwaitFirstCall) -> None:
         """Activate what the environment asks for, or leave it pending if that needs CUDA.
 
         If nothing can be activated there is a warning; in a strict environment the error. What the
         program has activated before is left alone.
 
         Args:
-            await_first_call: Called if it is pending; arranges that `settle` is called at the first
-                attention call on a GPU.
+            await_first_call: Called with a device type and a function if it is pending; arranges
+                that the next attention call there calls the function, until that returns True.
 
         Raises:
-            EnvironmentVariableError: The value cannot be understood, in a strict environment.
+            EnvironmentVariableError: The value of it or of another variable of this package cannot
+                be understood, in a strict environment.
             RequestUnavailableError: Nothing could be activated, in a strict environment.
         """
         self._await_first_call = await_first_call
         try:
+            environment.check()  # the other variables too: who set one wants to know
             wanted = environment.requested()
         except EnvironmentVariableError as error:
             _raise_or_warn(error)
@@ -99,8 +108,9 @@ class EnvironmentRequest(ForkSensitive):
     def resume(self) -> None:
         """Go on with `honour`, where that had to wait.
 
-        It waits for a transition to end, in this thread or in another, since a transition may be
-        what imports torch; and for `sdpa` to be imported, which a program may import before torch.
+        It waits for a transition, or the loading of a provider, to end, in this thread or in
+        another, since that may be what imports torch; and for `sdpa` and the providers' packages
+        to be imported, which a program may import before torch.
         """
         while self._resume_once():
             pass
@@ -109,27 +119,38 @@ class EnvironmentRequest(ForkSensitive):
         """Return whether it was in vain, but is worth another try."""
         if not self._pending or self._await_first_call is None or self._awaits_first_call:
             return False
-        if _sdpa_is_half_imported() or self._registry.in_transition():
+        if self._must_wait() or _is_half_imported_sdpa():
             return False
-        lock = self._lock
-        if not lock.acquire(blocking=False):
-            return False  # another thread settles it
-        busy = None
+        if self._providers_are_half_imported():
+            self._await_first_call("cpu", self.settle_without_cuda)
+            self._await_first_call("cuda", self.settle)
+            return False
         try:
-            try:
-                with WithoutCuda(), WithoutWaiting():
-                    self._settle()
-            except CudaNeededError:
-                self._awaits_first_call = True  # before the call, which may import `sdpa`
-                self._await_first_call()
+            without_waiting(lambda: self._lock.hold(self._settle_or_await))
         except BusyError as error:
-            busy = error
+            return error.is_over()
         except Exception as error:
             self._pending = ()
             _raise_or_warn(error)
-        finally:
-            lock.release()
-        return busy is not None and busy.is_over()
+        return False
+
+    def _settle_or_await(self) -> None:
+        try:
+            without_cuda(self._settle)
+        except CudaNeededError:
+            self._await_cuda()
+
+    def _await_cuda(self) -> None:
+        """Leave the rest to the first attention call on a GPU."""
+        await_first_call = self._await_first_call
+        if await_first_call is None:
+            return
+        try:
+            self._awaits_first_call = True  # before the call, which may import `sdpa`
+            await_first_call("cuda", self.settle)
+        except BaseException:
+            self._awaits_first_call = False
+            raise
 
     def settle(self) -> bool:
         """Activate what is pending, if anything is; the program uses CUDA now.
@@ -139,47 +160,73 @@ class EnvironmentRequest(ForkSensitive):
 
         Returns:
             Whether that is done. It is not in code that a transition runs, which cannot begin
-            another.
+            another, nor in a provider that is being imported.
 
         Raises:
             RequestUnavailableError: Nothing could be activated, in a strict environment.
         """
-        if self._registry.in_transition():
+        if self._must_wait() or self._providers_are_half_imported():
             return False
-        with self._lock:
-            names = self._pending
-            try:
-                if self._registry.current() is not None:
-                    self.supersede()  # it was activated in torch's registry, which tells nobody
-                self._settle()
-            except Exception as error:
-                _raise_or_warn(error, lambda: setattr(self, "_pending", names))
-            return not self._pending
+        return self._lock.hold(self._settle_or_warn)
+
+    def settle_without_cuda(self) -> bool:
+        """As `settle`, in a program that has not begun to use CUDA.
+
+        Returns:
+            Whether that is done, or left to the first attention call on a GPU.
+        """
+        try:
+            return without_cuda(self.settle)
+        except CudaNeededError:
+            self._await_cuda()
+            return True
+
+    def _settle_or_warn(self) -> bool:
+        names = self._pending
+        try:
+            if self._registry.current() is not None:
+                self.supersede()  # it was activated in torch's registry, which tells nobody
+            self._settle()
+        except CudaNeededError:
+            raise
+        except Exception as error:
+            _raise_or_warn(error, lambda: setattr(self, "_pending", names))
+        return not self._pending
+
+    def _must_wait(self) -> bool:
+        """Whether this is code that a transition runs, or a provider that is being loaded."""
+        return self._registry.in_transition() or self._registry.is_loading()
+
+    def _providers_are_half_imported(self) -> bool:
+        """Whether the import of a provider's package has begun, and is not over."""
+        return bool(self._pending) and _is_half_imported(self._registry.discovery.packages_seen())
 
     def _settle(self) -> None:
-        """Activate the first of what is pending that can be.
+        """Activate the first of what is pending that can be; the lock is held.
 
         Not to be called inside a transition: who holds the lock may wait for that to end. Nothing
         happens in code that the settling itself runs.
         """
-        with self._lock:
-            if self._settling:
-                return
-            self._settling = True
-            try:
-                self._activate_first()
-                self._pending = ()
-            except (CudaNeededError, BusyError):
-                raise  # says nothing about the names; nor does an interrupt
-            except Exception:
-                self._pending = ()
-                raise
-            finally:
-                self._settling = False
+        if not self._settling:
+            call_and_finish(self._settle_once, self._end_settling)
+
+    def _settle_once(self) -> None:
+        self._settling = True
+        try:
+            self._activate_first()
+        except (CudaNeededError, BusyError):
+            raise  # says nothing about the names; nor does an interrupt
+        except Exception:
+            self._pending = ()
+            raise
+        self._pending = ()
+
+    def _end_settling(self) -> None:
+        self._settling = False
 
     def _activate_first(self) -> None:
         reasons: dict[str, str] = {}
-        failure: Exception | None = None
+        failure: Exception | SystemExit | None = None
         for name in self._pending:
             try:
                 if name == NATIVE:
@@ -188,10 +235,11 @@ class EnvironmentRequest(ForkSensitive):
                     self._registry.activate(name)
             except (CudaNeededError, BusyError, RegistryWarning, RestoreError):
                 raise  # the last two, a warning by a filter, come after the activation
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # an implementation must not end the program
                 failure = error
+                text = text_of(error) if isinstance(error, Exception) else describe(error)
                 # An unknown name has notes, on providers that could not be loaded.
-                reasons[name] = ". ".join([text_of(error), *getattr(error, "__notes__", ())])
+                reasons[name] = ". ".join([text, *getattr(error, "__notes__", ())])
             else:
                 return
         if failure is not None:
@@ -202,10 +250,19 @@ class EnvironmentRequest(ForkSensitive):
             ) from failure
 
 
-def _sdpa_is_half_imported() -> bool:
+def _is_half_imported_sdpa() -> bool:
     """Whether the import of `sdpa` is what imports torch now; providers cannot use it yet."""
     sdpa = sys.modules.get("flash_attention_registry.sdpa")
     return sdpa is not None and not hasattr(sdpa, "__all__")
+
+
+def _is_half_imported(packages: Container[str]) -> bool:
+    """Whether a module in one of these top-level packages is being imported, in any thread."""
+    return any(
+        name.partition(".")[0] in packages
+        and getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+    )
 
 
 def _raise_or_warn(error: Exception, before_raising: Callable[[], object] = bool) -> None:

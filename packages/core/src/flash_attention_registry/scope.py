@@ -12,6 +12,29 @@ if TYPE_CHECKING:
     from flash_attention_registry.slot import Active
 
 
+class Entry:
+    """One entry into a scope.
+
+    Attributes:
+        noted: Whether it is known what was active before.
+        previous: What that was.
+        activated: Whether the activation has been made, so that an error came after it.
+    """
+
+    __slots__ = ("activated", "noted", "previous")
+
+    def __init__(self) -> None:
+        """Nothing has been done yet."""
+        self.noted = False
+        self.previous: Active | None = None
+        self.activated = False
+
+    def note(self, previous: Active | None) -> None:
+        """Note what to return to."""
+        self.previous = previous
+        self.noted = True
+
+
 class ImplScope:
     """Activates an implementation on entry and returns to the previous one on exit.
 
@@ -22,12 +45,27 @@ class ImplScope:
         """Remember what to activate; nothing happens before the block is entered."""
         self._registry = registry
         self._impl = impl
-        self._previous: list[Active | None] = []
+        self._entries: tuple[Entry, ...] = ()
 
     def __enter__(self) -> str | None:
-        """Activate; return the name of the implementation that is active then."""
-        self._previous.append(self._registry.enter(self._impl))
-        return self._registry.current()
+        """Activate; return the name of the implementation that is active then.
+
+        If this raises, what was active before is active again, if it can be.
+        """
+        before, entry = self._entries, Entry()
+        try:
+            self._registry.enter(self._impl, entry)
+            self._entries = (*before, entry)
+            return self._registry.current()
+        except BaseException as error:
+            self._entries = before
+            # A failed activation has put it back; but not an interrupt, or an error after it.
+            if entry.activated or (entry.noted and not isinstance(error, Exception)):
+                try:
+                    self._registry.leave(entry)
+                except Exception as second:
+                    add_error(error, second)
+            raise
 
     def __exit__(
         self,
@@ -36,9 +74,21 @@ class ImplScope:
         traceback: TracebackType | None,
     ) -> None:
         """Return to what was active at the matching entry."""
+        entries = self._entries
         try:
-            self._registry.leave(self._previous.pop())
+            self._leave(entries[-1])
         except RegistryWarning as warning:  # a filter made it an error
             if exc is None:
                 raise
             add_error(exc, warning)
+        finally:
+            self._entries = entries[:-1]
+
+    def _leave(self, entry: Entry) -> None:
+        try:
+            self._registry.leave(entry)
+        except Exception:
+            raise
+        except BaseException:
+            self._registry.leave(entry)  # what an interrupt may have prevented
+            raise

@@ -6,18 +6,20 @@ import sys
 
 from flash_attention_registry.errors import HandleError, RestoreError, add_note, describe
 from flash_attention_registry.fork import ForkSensitive
+from flash_attention_registry.indivisible import Call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import TypeVar
 
     from flash_attention_registry.handle import FlashAttentionHandle
-    from flash_attention_registry.lock import Turn
     from flash_attention_registry.registration import Registration
+    from flash_attention_registry.transition import Turn
 
     T = TypeVar("T")
     Listener = Callable[[str | None, str | None], object]
+    News = tuple[Listener, str | None, str | None]
 
 
 class Active:
@@ -26,14 +28,24 @@ class Active:
     Attributes:
         registration: What was registered when it was activated.
         handle: What its `register_fn` returned; None if its kernels cannot be removed.
+        by_torch: Whether it was activated in torch's registry, which holds the handle too.
+        removal: The call of the handle's `remove()`.
     """
 
-    __slots__ = ("handle", "registration")
+    __slots__ = ("by_torch", "handle", "registration", "removal")
 
-    def __init__(self, registration: Registration, handle: FlashAttentionHandle | None) -> None:
-        """Keep both."""
+    def __init__(
+        self,
+        registration: Registration,
+        handle: FlashAttentionHandle | None,
+        *,
+        by_torch: bool = False,
+    ) -> None:
+        """Keep them; nothing is removed yet."""
         self.registration = registration
         self.handle = handle
+        self.by_torch = by_torch
+        self.removal = Call()
 
 
 class ListenerHandle:
@@ -48,17 +60,54 @@ class ListenerHandle:
         self._listeners.pop(self, None)
 
 
+class Swap:
+    """One implementation taking the place of another, and how far that got.
+
+    Attributes:
+        previous: What was active before; None for stock kernels.
+        target: What is to be; None for stock kernels.
+        removal_failure: What the `remove()` of the previous one raised, unless it was an interrupt.
+        installation: The call of the target's `register_fn`.
+        way_back: The call of the previous one's, after a failure.
+        outcome: What is active afterwards and what listeners hear, once that is decided.
+    """
+
+    __slots__ = ("installation", "outcome", "previous", "removal_failure", "target", "way_back")
+
+    def __init__(self, previous: Active | None, target: Registration | None) -> None:
+        """Nothing has been done yet."""
+        self.previous = previous
+        self.target = target
+        self.removal_failure: Exception | None = None
+        self.installation = Call()
+        self.way_back = Call()
+        self.outcome: tuple[Active | None, list[News]] | None = None
+
+    def removal(self) -> Call:
+        """Return the call that removes the previous one, which may be none to be removed."""
+        return Call() if self.previous is None else self.previous.removal
+
+    def is_done(self) -> bool:
+        """Return whether the target is in place, and the previous one out of the way."""
+        if self.target is not None:
+            return self.installation.finished and _is_handle(self.installation.result)
+        nothing_to_remove = self.previous is None or self.previous.handle is None
+        return nothing_to_remove or self.removal().finished or self.removal_failure is not None
+
+
 class Slot(ForkSensitive):
     """Holds the active implementation, or nothing: then stock kernels run.
 
     Its user holds the transition lock while calling `put`; `active` may be read at any time and is
-    replaced only when a transition is complete.
+    replaced only when a transition is complete. Wherever an interrupt comes, `settle` finds out how
+    far things got, and makes `active` what runs.
 
     Attributes:
         active: The active implementation, or None.
         stuck: The handles whose `remove()` raised. They are kept because dropping the last
             reference to a library that is still installed is not safe in every provider.
         listeners: Called with the names before and after each committed transition.
+        on_removed: Called when the handle of what was active has been removed, or could not be.
     """
 
     def __init__(self) -> None:
@@ -66,14 +115,20 @@ class Slot(ForkSensitive):
         self.active: Active | None = None
         self.stuck: tuple[FlashAttentionHandle, ...] = ()
         self.listeners: dict[object, Listener] = {}
-        self._removed = False  # what `active` names is gone, and its successor not yet in place
+        self.on_removed: Callable[[], object] = bool
+        self._swap: Swap | None = None  # what has begun and is not complete
+        self._news: list[News] = []  # who has to hear what
         super().__init__()
 
     def renew(self) -> None:
-        """Say what is true in a child that was forked between a removal and an installation."""
-        if self._removed:
+        """Say what is true in a child that was forked in the middle of a swap."""
+        swap, self._swap = self._swap, None
+        if swap is None:
+            return
+        if swap.target is not None and swap.installation.finished:
+            self.active = Active(swap.target, swap.installation.result)
+        elif swap.removal().finished:
             self.active = None
-            self._removed = False
 
     def add_listener(self, listener: Listener) -> ListenerHandle:
         """Call `listener` after each committed transition until the returned handle is removed."""
@@ -81,36 +136,46 @@ class Slot(ForkSensitive):
         self.listeners[handle] = listener
         return handle
 
+    def keep_listeners(self, listeners: Mapping[object, Listener]) -> None:
+        """Call these from now on, and no others."""
+        for handle in [one for one in self.listeners if one not in listeners]:
+            self.listeners.pop(handle, None)
+        self.listeners.update(listeners)
+
     def put(self, target: Registration | None, turn: Turn) -> None:
         """Replace what is active by `target`, or by stock kernels if it is None.
 
         The old one is removed before the new one is installed: not every kernel can be installed
         on top of another. If anything goes wrong the old one is installed again by its own
-        `register_fn`, and the error goes on to the caller.
+        `register_fn`, and the error goes on to the caller. After an interrupt of the registry's own
+        code the new one may be in place already; `active` tells.
 
         Args:
             target: What to activate; nobody is asked whether it is available.
             turn: Takes the warnings, the `RestoreError` if the old one's `remove()` raised, and an
                 interrupt that a listener raised.
         """
+        self.settle(turn)
         previous = self.active
         if target is None and previous is None:
             return
         if target is not None and target.prepare is not None:
             _call_and_free_frames(target.prepare)
-        removal_error = self._remove(previous, turn)
-        self._removed = previous is not None and previous.handle is not None
+        swap = self._swap = Swap(previous, target)
+        removal_error = None
         try:
-            active = None if target is None else _install(target)
+            removal_error = self._remove(swap)
+            if target is not None:
+                _install(target, swap.installation)
         except BaseException as error:
             if removal_error is not None:
                 add_note(error, str(removal_error))
-            self._put_back(previous, error, turn)
+            self._complete(swap, turn, error)
+            del previous, swap  # the traceback keeps this frame, and must not keep their handles
             raise
         if removal_error is not None:
             turn.raise_after(removal_error)
-        _warn_of_what_stays(previous, turn)
-        self._commit(active, turn)
+        self._complete(swap, turn)
 
     def adopt(self, active: Active | None, turn: Turn) -> None:
         """Commit what was installed or removed already, past this registry.
@@ -119,65 +184,94 @@ class Slot(ForkSensitive):
             active: What is installed now; None if what was active before has been removed.
             turn: Takes the warnings.
         """
+        self.settle(turn)
+        swap = Swap(self.active, None)
         if active is None:
-            _warn_of_what_stays(self.active, turn)
-        self._commit(active, turn)
+            _warn_of_what_stays(swap.previous, turn)
+        swap.outcome = active, self._news_of(swap, active)
+        self._complete(swap, turn)
 
-    def remove_below(self, turn: Turn) -> None:
-        """Remove what is active, on top of which something else was installed past this registry.
+    def settle(self, turn: Turn) -> None:
+        """Complete a swap that an interrupt broke off, and tell listeners what they have missed."""
+        if self._swap is not None:
+            self._complete(self._swap, turn)
+        self._tell(turn)
 
-        Args:
-            turn: Takes the `RestoreError` if its `remove()` raised.
-        """
-        removal_error = self._remove(self.active, turn)
-        if removal_error is not None:
-            turn.raise_after(removal_error)
-
-    def _remove(self, active: Active | None, turn: Turn) -> RestoreError | None:
-        """Remove `active`; return what to raise in the end if its `remove()` raised."""
-        if active is None or active.handle is None:
+    def _remove(self, swap: Swap) -> RestoreError | None:
+        """Remove what was active; return what to raise in the end if its `remove()` raised."""
+        previous = swap.previous
+        if previous is None or previous.handle is None:
             return None
         try:
-            active.handle.remove()
+            previous.removal.run(previous.handle.remove)
         except Exception as error:
-            self.stuck = (*self.stuck, active.handle)
+            swap.removal_failure = error
             late = RestoreError(
-                f"remove() of flash attention impl {active.registration.name!r} raised "
+                f"remove() of flash attention impl {previous.registration.name!r} raised "
                 f"{describe(error)}. The registry went on without it, but its kernels may still "
                 f"be installed. Report this to its provider; restart the process to be rid of them."
             )
             late.__cause__ = error
             return late
-        except BaseException as error:
-            # An interrupt is not remove()'s own failure: it must reach the user as what it is,
-            # and how far remove() had got is unknown.
-            self.stuck = (*self.stuck, active.handle)
-            self._put_back(active, error, turn)
-            raise
+        finally:
+            self.on_removed()
         return None
 
-    def _put_back(self, previous: Active | None, error: BaseException, turn: Turn) -> None:
-        """Install `previous` again because of `error`; settle for stock if that fails too."""
-        if previous is None or previous.handle is None:
-            return  # nothing was removed
-        try:
-            self.active, self._removed = _install(previous.registration), False
-        except BaseException as second:
-            text = (
-                f"Flash attention impl {previous.registration.name!r} could not be activated again "
-                f"({describe(second)}). No implementation is active: stock kernels run."
-            )
-            add_note(error, text)
-            turn.warn(f"{text} The transition before it failed with {describe(error)}.")
-            self._commit(None, turn)
+    def _complete(self, swap: Swap, turn: Turn, error: BaseException | None = None) -> None:
+        """Decide what is active, make it what everybody sees, and tell every listener.
 
-    def _commit(self, active: Active | None, turn: Turn) -> None:
-        """Make `active` what everybody sees and tell every listener, whatever one raises."""
-        before, after = self.name(), None if active is None else active.registration.name
-        self.active, self._removed = active, False
-        for listener in list(self.listeners.values()):
+        It may be called again where an interrupt kept it from its end.
+
+        Args:
+            swap: Whatever has been done of it.
+            turn: Takes the warnings.
+            error: What broke it off.
+        """
+        if swap.outcome is None:
+            self._keep_if_stuck(swap)
+            swap.outcome = self._outcome(swap, turn, error)
+        self.active, self._news = swap.outcome
+        self._swap = None
+        self._tell(turn)
+
+    def _outcome(
+        self, swap: Swap, turn: Turn, error: BaseException | None
+    ) -> tuple[Active | None, list[News]]:
+        previous = swap.previous
+        if swap.is_done():
+            _warn_of_what_stays(previous, turn)
+            active = None
+            if swap.target is not None:
+                active = Active(swap.target, swap.installation.result)
+            return active, self._news_of(swap, active)
+        if previous is None or not previous.removal.begun:
+            return previous, self._news
+        active = _put_back(previous, swap.way_back, turn, error)
+        return active, self._news_of(swap, None) if active is None else self._news
+
+    def _keep_if_stuck(self, swap: Swap) -> None:
+        """Keep the handle of what was active unless its `remove()` has returned.
+
+        Also if an interrupt ended it: how far it had got is unknown then.
+        """
+        removal, previous = swap.removal(), swap.previous
+        if previous is None or previous.handle is None or not removal.begun or removal.finished:
+            return
+        if not any(handle is previous.handle for handle in self.stuck):
+            self.stuck = (*self.stuck, previous.handle)
+
+    def _news_of(self, swap: Swap, active: Active | None) -> list[News]:
+        """Return who has to hear of `active`, after those who have yet to hear of something."""
+        before, after = _name_of(swap.previous), _name_of(active)
+        return [*self._news, *((one, before, after) for one in self.listeners.values())]
+
+    def _tell(self, turn: Turn) -> None:
+        """Tell every listener, whatever one raises."""
+        while self._news:
+            listener, before, after = self._news[0]
+            call = Call()
             try:
-                listener(before, after)
+                call.run(listener, before, after)
             except Exception as error:
                 turn.warn(
                     f"A transition listener ({listener!r}) raised {describe(error)}. The "
@@ -185,16 +279,21 @@ class Slot(ForkSensitive):
                 )
             except BaseException as interrupt:
                 turn.raise_after(interrupt)
+            if call.begun:
+                self._news = self._news[1:]
 
     def name(self) -> str | None:
         """Return the name of what is active, or None."""
-        active = self.active
-        return None if active is None else active.registration.name
+        return _name_of(self.active)
 
     def still(self) -> str:
         """Return the sentence with which an error says that nothing was changed."""
         name = self.name()
         return "Stock kernels still run." if name is None else f"Still active: {name!r}."
+
+
+def _name_of(active: Active | None) -> str | None:
+    return None if active is None else active.registration.name
 
 
 def _warn_of_what_stays(left: Active | None, turn: Turn) -> None:
@@ -207,21 +306,48 @@ def _warn_of_what_stays(left: Active | None, turn: Turn) -> None:
         )
 
 
-def _install(registration: Registration) -> Active:
-    """Run the `register_fn`; if it fails nothing of what it built stays alive."""
-    return _call_and_free_frames(lambda: _build(registration))
+def _put_back(
+    previous: Active, way_back: Call, turn: Turn, error: BaseException | None
+) -> Active | None:
+    """Install `previous` again because of `error`; settle for stock if that fails too."""
+    if not way_back.begun:
+        try:
+            _install(previous.registration, way_back)
+        except BaseException as second:
+            if not way_back.begun or way_back.finished:
+                raise  # an interrupt of this code: the next call goes on from here
+            text = (
+                f"Flash attention impl {previous.registration.name!r} could not be activated again "
+                f"({describe(second)}). No implementation is active: stock kernels run."
+            )
+            if error is not None:
+                add_note(error, text)
+                text = f"{text} The transition before it failed with {describe(error)}."
+            turn.warn(text)
+            if not isinstance(second, Exception):
+                turn.raise_after(second)
+    return Active(previous.registration, way_back.result) if way_back.finished else None
 
 
-def _build(registration: Registration) -> Active:
-    """Run the `register_fn` and check what it returns."""
-    handle = registration.register_fn()
-    if handle is not None and not callable(getattr(handle, "remove", None)):
+def _is_handle(value: object) -> bool:
+    """Whether a `register_fn` may return it."""
+    try:
+        return value is None or callable(getattr(value, "remove", None))
+    except Exception:
+        return False
+
+
+def _install(registration: Registration, call: Call) -> None:
+    """Run the `register_fn` as `call`; if it fails nothing of what it built stays alive."""
+    _call_and_free_frames(lambda: registration.install(call))
+    if not _is_handle(call.result):
+        found = type(call.result).__name__
+        call.forget_result()
         raise HandleError(
             f"register_fn of flash attention impl {registration.name!r} returned an object of type "
-            f"{type(handle).__name__} without a callable remove(). It must return None or a handle "
-            f"whose remove() uninstalls the kernels."
+            f"{found} without a callable remove(). It must return None or a handle whose remove() "
+            f"uninstalls the kernels."
         )
-    return Active(registration, handle)
 
 
 def _call_and_free_frames(call: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flash_attention_registry.discovery import ProviderEntry
+    from flash_attention_registry.discovery import Scan
     from flash_attention_registry.registration import Registration
     from flash_attention_registry.slot import Active, Listener
 
@@ -21,7 +21,7 @@ class RegistrySnapshot:
         registrations: dict[str, Registration],
         active: Active | None,
         listeners: Mapping[object, Listener],
-        discovery: tuple[dict[str, ProviderEntry] | None, dict[str, str]],
+        discovery: tuple[Scan | None, dict[str, str]],
     ) -> None:
         """Keep the parts."""
         self.registrations = registrations

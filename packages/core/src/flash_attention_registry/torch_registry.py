@@ -6,28 +6,40 @@ of calls on either side both name the same implementation.
 
 Torch's registry tells nobody when it changes, so it is looked at when a transition of ours begins
 (`TorchRegistry.begin`), told when one ends (`end`), and read whenever somebody asks what is active.
-Its module imports nothing of torch, and this one only looks whether it has been imported.
+What was activated in ours stands there with a handle of ours, so that a restore there is a
+transition here. What was activated there has torch's own handle, and counts as removed when torch's
+registry no longer holds it.
+
+Torch's registry takes no lock. If one thread uses it while another uses ours, it may go on to name
+what was active a moment ago until the next transition; but nothing that either has installed is
+forgotten here.
 """
 
 from __future__ import annotations
 
-import sys
-
-from flash_attention_registry.registration import TORCH_PREFIX, Registration
 from flash_attention_registry.slot import Active
+from flash_attention_registry.torch_impls import (
+    Activator,
+    OurHandle,
+    TorchRegistration,
+    name_here,
+)
+from flash_attention_registry.torch_state import (
+    active_there,
+    impls_there,
+    loaded,
+    replace_active,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
-    from flash_attention_registry.handle import FlashAttentionHandle
-    from flash_attention_registry.lock import Turn
+    from flash_attention_registry.registration import Registration
     from flash_attention_registry.registry import Registry
     from flash_attention_registry.slot import Slot
-
-MODULE = "torch.nn.attention._registry"
-"""Where torch keeps its registry."""
+    from flash_attention_registry.torch_state import Entry
+    from flash_attention_registry.transition import Turn
 
 
 class TorchRegistry:
@@ -45,6 +57,8 @@ class TorchRegistry:
         self._slot = slot
         self._loaded = loaded if connected else _never
         self._registrations: dict[str, Registration] = {}
+        self._adopted: Active | None = None  # what was last seen to be activated there
+        slot.on_removed = self._take_out_what_is_removed
 
     # Asking; without a lock
 
@@ -57,8 +71,8 @@ class TorchRegistry:
         torch = self._loaded()
         if torch is None:
             return {}
-        impls = dict(torch._FLASH_ATTENTION_IMPLS)
-        return {_name_here(name): name for name, fn in impls.items() if not _is_ours(fn)}
+        impls = dict(impls_there(torch))
+        return {name_here(name): name for name, fn in impls.items() if not _is_ours(fn)}
 
     def registration(self, name: str) -> Registration | None:
         """Return what stands for `torch:...` here, or None if torch knows no such implementation.
@@ -70,28 +84,23 @@ class TorchRegistry:
         if torch is None or name not in names:
             return None
         own_name = names[name]
-        register_fn = torch._FLASH_ATTENTION_IMPLS[own_name]
+        register_fn = impls_there(torch).get(own_name)
         known = self._registrations.get(name)
-        if known is None or getattr(known.register_fn, "register_fn", None) is not register_fn:
-            install = InstallThroughTorch(own_name, register_fn)
-            known = self._registrations[name] = Registration(
-                name,
-                register_fn=install,
-                availability=install.why_unavailable,
-                recommended=_in_no_family,
-            )
+        if known is None or known.register_fn is not register_fn:
+            known = self._registrations[name] = TorchRegistration(own_name, register_fn)
         return known
 
     def current(self) -> str | None:
         """Return the name of what is active, whichever of both registries it was activated in."""
-        name = self._slot.name()
+        active = self._slot.active
         torch = self._loaded()
-        if torch is None:
-            return name
-        theirs = _foreign(torch)
-        if theirs is not None:
-            return _name_here(theirs[0])
-        return None if name is not None and name.startswith(TORCH_PREFIX) else name
+        if torch is not None:
+            theirs = _foreign(torch)
+            if theirs is not None:
+                return name_here(theirs[0])
+            if active is not None and active.by_torch:
+                return None  # it has been restored there
+        return None if active is None else active.registration.name
 
     # Round each transition of ours, inside of its lock
 
@@ -100,45 +109,55 @@ class TorchRegistry:
         torch = self._loaded()
         if torch is None:
             return
+        self._take_out_what_is_removed()
         active = self._slot.active
         theirs = _foreign(torch)
         if theirs is None:
-            if active is not None and _is_torchs(active):
+            if active is not None and active.by_torch:
                 self._slot.adopt(None, turn)
-        elif active is None or not _is_handle_of(active.handle, theirs[1]):
-            name = _name_here(theirs[0])
-            registration = self.registration(name)
+        elif active is None or active.handle is not theirs[1]:
+            if active is not None and not active.by_torch:
+                self._slot.put(None, turn)  # what was installed there is on top of it
+            registration = self.registration(name_here(theirs[0]))
             if registration is None:  # torch's registry cannot activate it again, nor can we
-                registration = Registration(name, register_fn=InstallThroughTorch(theirs[0], None))
-            if active is not None and not _is_torchs(active):
-                self._slot.remove_below(turn)
-            self._slot.adopt(Active(registration, TorchHandle(theirs[1])), turn)
+                registration = TorchRegistration(theirs[0], None)
+            adopted = self._adopted = Active(registration, theirs[1], by_torch=True)
+            self._slot.adopt(adopted, turn)
 
     def end(self) -> None:
         """Let torch's registry list and name what ours does."""
         torch = self._loaded()
         if torch is None:
             return
+        self._take_out_what_is_removed()
         self._list_ours(torch)
-        active = self._slot.active
-        now = torch._FLASH_ATTENTION_ACTIVE
-        if now is not None and not isinstance(now[1], (OurHandle, Untracked)):
-            return  # activated there just now, by another thread: the next transition sees it
-        if active is None:
-            torch._FLASH_ATTENTION_ACTIVE = None
-        elif not _is_torchs(active):
-            handle = OurHandle(self._registry, active)
-            torch._FLASH_ATTENTION_ACTIVE = (active.registration.name, handle)
-        elif active.handle is None:  # a failed activation of another one has made it forget this
-            own_name = getattr(active.registration.register_fn, "name", None)
-            torch._FLASH_ATTENTION_ACTIVE = (own_name, Untracked())
+        while not self._name_active(torch):
+            pass
 
-    def released(self) -> None:
-        """Go on with what the environment asks for, if that had to wait for this transition."""
-        self._registry.request.resume()
+    def _name_active(self, torch: Any) -> bool:
+        """Return whether torch's registry names what is active, or something of its own."""
+        active, seen = self._slot.active, active_there(torch)
+        if seen is not None and not isinstance(seen[1], OurHandle):
+            return True  # if it was activated there just now, the next transition sees it
+        if active is None or active.by_torch:
+            return replace_active(torch, seen, None)
+        if seen is not None and seen[1].active is active:
+            return True
+        of = active.registration
+        name = of.name_there if isinstance(of, TorchRegistration) else of.name
+        return replace_active(torch, seen, (name, OurHandle(self._registry, active)))
+
+    def _take_out_what_is_removed(self) -> None:
+        """Let torch's registry forget what was activated there, once we have removed it."""
+        torch, adopted = self._loaded(), self._adopted
+        if torch is None or adopted is None or not adopted.removal.begun:
+            return
+        seen = active_there(torch)
+        if seen is not None and seen[1] is adopted.handle:
+            replace_active(torch, seen, None)
 
     def _list_ours(self, torch: Any) -> None:
-        impls = torch._FLASH_ATTENTION_IMPLS
+        impls = impls_there(torch)
         names = self._registry.names_known()
         for name in names:
             if name not in impls:
@@ -150,180 +169,8 @@ class TorchRegistry:
                 del impls[name]
 
 
-class Activator:
-    """The `register_fn` under which torch's registry knows an implementation of ours.
-
-    Attributes:
-        registry: Where it is activated.
-    """
-
-    def __init__(self, registry: Registry, name: str) -> None:
-        """Remember what to activate."""
-        self.registry = registry
-        self._name = name
-
-    def __call__(self) -> FlashAttentionHandle:
-        """Activate it; torch's registry has restored what was active before."""
-        return OurHandle(self.registry, self.registry.activate_for_torch(self._name))
-
-
-class OurHandle:
-    """What torch's registry holds while an implementation of ours is active.
-
-    Attributes:
-        active: What `remove()` is to remove.
-    """
-
-    def __init__(self, registry: Registry, active: Active | None) -> None:
-        """Remember which activation this is."""
-        self._registry = registry
-        self.active = active
-
-    def remove(self) -> None:
-        """Restore stock kernels if this is what is active still.
-
-        Warns:
-            RegistryWarning: The implementation's own `remove()` raised. Torch's registry could
-                never be used again if this raised as well.
-        """
-        self._registry.restore_for_torch(self.active)
-
-
-class TorchHandle:
-    """Takes away what was activated in torch's registry.
-
-    Attributes:
-        theirs: The handle that torch's registry holds.
-    """
-
-    def __init__(self, theirs: FlashAttentionHandle) -> None:
-        """Keep the handle."""
-        self.theirs = theirs
-
-    def remove(self) -> None:
-        """Remove it, and let torch's registry know also if that raises: it would be stuck."""
-        torch = loaded()
-        now = None if torch is None else torch._FLASH_ATTENTION_ACTIVE
-        try:
-            self.theirs.remove()
-        finally:
-            if now is not None and now[1] is self.theirs:
-                torch._FLASH_ATTENTION_ACTIVE = None
-
-
-class Untracked:
-    """What we put into torch's registry for an implementation that gave it no handle."""
-
-    def remove(self) -> None:
-        """Do nothing: there is no way to remove those kernels, and the next transition says so."""
-
-
-class InstallThroughTorch:
-    """The `register_fn` of `torch:...`: activates it in torch's registry.
-
-    Attributes:
-        name: What torch's registry calls it.
-        register_fn: What torch's registry runs for it.
-    """
-
-    def __init__(self, name: Any, register_fn: Any) -> None:
-        """Remember the name that torch has for it."""
-        self.name = name
-        self.register_fn = register_fn
-
-    def __call__(self) -> TorchHandle | None:
-        """Activate it there; what was active before has been removed already."""
-        torch = loaded()
-        if torch is None:
-            raise RuntimeError("torch's registry of flash-attention implementations is gone")
-        if _foreign(torch) is None:
-            torch._FLASH_ATTENTION_ACTIVE = None
-        impls = torch._FLASH_ATTENTION_IMPLS
-        latest = impls.get(self.name)
-        impls[self.name] = self.register_fn  # this one, also if another has its name since
-        reset_fa3 = _keeping_fa3_switch()
-        try:
-            torch.activate_flash_attention_impl(self.name)
-        except BaseException:
-            reset_fa3()
-            raise
-        finally:
-            if latest is None:
-                del impls[self.name]
-            else:
-                impls[self.name] = latest
-        now = torch._FLASH_ATTENTION_ACTIVE
-        if now is None:  # it returned no handle, and torch's registry would name nothing
-            torch._FLASH_ATTENTION_ACTIVE = (self.name, Untracked())
-            return None
-        return TorchHandle(now[1])
-
-    def why_unavailable(self) -> str | None:
-        """Return which module it needs that is not installed, as far as torch's code tells."""
-        code = getattr(self.register_fn, "__code__", None)
-        defaults = getattr(self.register_fn, "__defaults__", None)
-        if code is None or not defaults or code.co_varnames[:1] != ("module_path",):
-            return None
-        module = str(defaults[0])
-        if module in sys.modules:
-            return None
-        from importlib.util import find_spec
-
-        package = module.partition(".")[0]
-        if package in sys.modules or find_spec(package) is not None:
-            return None
-        return f"torch's {self.name} needs the module {module}, and {package} is not installed"
-
-
-def _keeping_fa3_switch() -> Callable[[], object]:
-    """Return what sets torch's switch for FA3 back to what it is now.
-
-    Torch turns it on before it registers FA3's kernels, and leaves it on if that fails.
-    """
-    internals = getattr(sys.modules.get("torch"), "_C", None)
-    read = getattr(internals, "_get_fa3_sdp_enabled", None)
-    write = getattr(internals, "_set_sdp_use_fa3", None)
-    if read is None or write is None:
-        return bool
-    now = read()
-    return lambda: write(now)
-
-
-def loaded() -> Any:
-    """Return the module of torch's registry if it has been imported and is of a known form.
-
-    `why_apart` says what is the matter if it has been imported and this returns None.
-    """
-    module = sys.modules.get(MODULE)
-    return module if module is not None and why_apart() is None else None
-
-
-def why_apart() -> str | None:
-    """Return why the registry of the imported torch is not kept in step, or None if it is.
-
-    Torch offers no way to be told of changes or to name what is active, so two private names of
-    its module are used. They are checked for each time, since torch may change them.
-    """
-    module = sys.modules.get(MODULE)
-    if module is None:
-        return "torch has not been imported"
-    active = getattr(module, "_FLASH_ATTENTION_ACTIVE", ())
-    known_form = active is None or (isinstance(active, tuple) and len(active) == 2)
-    if known_form and isinstance(getattr(module, "_FLASH_ATTENTION_IMPLS", None), dict):
-        return None
-    return (
-        f"{MODULE} of this torch is not of the form that torch 2.11 to 2.13 have, so what is "
-        f"activated there is not seen here, and the other way round"
-    )
-
-
 def _never() -> None:
     """Stand in for `loaded` where torch's registry is none of our business."""
-
-
-def _name_here(own_name: object) -> str:
-    """Return what an implementation of torch's registry is called here; it takes any object."""
-    return f"{TORCH_PREFIX}{own_name}".strip()
 
 
 def _is_ours(register_fn: object, registry: Registry | None = None) -> bool:
@@ -333,22 +180,7 @@ def _is_ours(register_fn: object, registry: Registry | None = None) -> bool:
     return registry is None or register_fn.registry is registry
 
 
-def _foreign(torch: Any) -> tuple[str, Any] | None:
-    """Return the name and handle of what is active in torch's registry and is not ours."""
-    now: tuple[str, Any] | None = torch._FLASH_ATTENTION_ACTIVE
-    return None if now is None or isinstance(now[1], OurHandle) else now
-
-
-def _is_handle_of(handle: object, theirs: object) -> bool:
-    """Whether `handle` is ours for the handle that torch's registry holds."""
-    if isinstance(theirs, Untracked):
-        return handle is None
-    return isinstance(handle, TorchHandle) and handle.theirs is theirs
-
-
-def _is_torchs(active: Active) -> bool:
-    return active.registration.name.startswith(TORCH_PREFIX)
-
-
-def _in_no_family() -> str:
-    return "it belongs to no family and is used only if it is asked for by this name"
+def _foreign(torch: Any) -> Entry | None:
+    """Return the name and handle of what was activated in torch's registry and is not ours."""
+    entry = active_there(torch)
+    return None if entry is None or isinstance(entry[1], OurHandle) else entry

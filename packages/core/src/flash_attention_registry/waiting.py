@@ -10,21 +10,16 @@ from __future__ import annotations
 import _thread  # threading would double the time that importing this package takes
 
 from flash_attention_registry.errors import FlashAttentionRegistryError
+from flash_attention_registry.indivisible import call_and_finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
-    from typing import Protocol
+    from typing import TypeVar
 
-    class Lock(Protocol):
-        """A lock as `_thread` makes them, reentrant or not."""
+    from flash_attention_registry.lock import Lock
 
-        def acquire(self, blocking: bool = True) -> bool:
-            """Take it, after waiting if `blocking`; return whether it is taken."""
-
-        def release(self) -> None:
-            """Give it back."""
+    T = TypeVar("T")
 
 
 class BusyError(FlashAttentionRegistryError):
@@ -41,54 +36,43 @@ class BusyError(FlashAttentionRegistryError):
 
     def is_over(self) -> bool:
         """Return whether the lock is free by now, so that it is worth another try."""
-        free = self.lock.acquire(blocking=False)
-        if free:
-            self.lock.release()
-        return free
+        return self.lock.is_free()
 
 
 class _Thread(_thread._local):
-    """How many blocks of `WithoutWaiting` this thread is in."""
+    """Whether this thread may wait for a lock."""
 
-    blocks = 0
+    may_wait = True
 
 
 _here = _Thread()
 
 
-class WithoutWaiting:
-    """A context manager in which `acquire` raises rather than waits, in this thread."""
-
-    def __enter__(self) -> None:
-        """Begin."""
-        _here.blocks += 1
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End."""
-        _here.blocks -= 1
+def may_wait() -> bool:
+    """Return whether the calling thread may wait for a lock, or has to raise `BusyError`."""
+    return _here.may_wait
 
 
-def acquire(lock: Lock) -> None:
-    """Take a lock.
+def without_waiting(action: Callable[[], T]) -> T:
+    """Return `action()`, in which this thread waits for no `Lock`.
 
     Raises:
-        BusyError: It would have to be waited for, inside of `WithoutWaiting`.
+        BusyError: It would have to.
     """
-    if not lock.acquire(blocking=not _here.blocks):
-        raise BusyError(lock)
+    before = _here.may_wait
+
+    def forbidding() -> T:
+        _here.may_wait = False
+        return action()
+
+    return call_and_finish(forbidding, lambda: setattr(_here, "may_wait", before))
 
 
 def do_unless_busy(action: Callable[[], object]) -> None:
     """Call `action`, or leave it to the thread that holds a lock which it needs."""
     while True:
         try:
-            with WithoutWaiting():
-                action()
+            without_waiting(action)
             return
         except BusyError as error:
             if not error.is_over():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 from flash_attention_registry.errors import RegistryWarning
 
@@ -16,6 +15,8 @@ def warn_caller(text: str) -> None:
     Raises:
         RegistryWarning: A warnings filter makes it an error.
     """
+    import warnings  # not loaded in every process, and this is not called in most
+
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):

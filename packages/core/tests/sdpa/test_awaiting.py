@@ -229,7 +229,7 @@ def pending(registry: Registry, asked: Any, plain_kernels: type) -> Registry:
         "gpu", register_fn=lambda: install(plain_kernels(), "cpu"), availability=before_using_cuda
     )
     asked("gpu")
-    registry.request.honour(lambda: await_first_call("cpu", registry.request.settle))
+    registry.request.honour(lambda _gpu, settle: await_first_call("cpu", settle))
     assert registry.request.pending == ("gpu",)
     return registry
 

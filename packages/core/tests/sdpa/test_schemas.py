@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from flash_attention_registry.sdpa.ops import ROUTED_OPS, difference_to_schema, schema_of
+from flash_attention_registry.sdpa.ops import ROUTED_OPS, difference_to_schema
+from flash_attention_registry.sdpa.torch_internals import schema_of
 
 ADAPTERS = {op: f for routed in ROUTED_OPS.values() for op, f in routed.adapters.items()}
 

@@ -8,6 +8,7 @@ be asked of torch is in `flash_attention_registry.sdpa.diagnosis`.
 from __future__ import annotations
 
 import platform
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -56,12 +57,25 @@ class TorchImport:
         problem: Why torch cannot be used, or None.
         missing: Whether it is not installed at all.
         refusal: The error of this package that ended the import, in a strict environment, or None.
-            Torch cannot be imported a second time after that, so nobody may be asked who would.
     """
 
     problem: str | None = None
     missing: bool = False
     refusal: FlashAttentionRegistryError | None = None
+
+    def why_not_again(self) -> str | None:
+        """Return why nobody may be asked who would import torch again, or None.
+
+        What torch has registered in C++ stays so when its import fails, and is refused by a second.
+        """
+        failed_late = "torch._C" in sys.modules and not self.missing
+        if self.refusal is None and (self.problem is None or not failed_late):
+            return None
+        remedy = "Repair that" if self.refusal is None else f"Unset {STRICT}"
+        return (
+            f"torch cannot be imported a second time, which their checks would do. {remedy} to see "
+            f"them."
+        )
 
 
 def diagnose(run: str | bool = False) -> Diagnosis:
@@ -97,7 +111,9 @@ def diagnose(run: str | bool = False) -> Diagnosis:
         call_run = AttentionRun(None if run is True else run, None, None, False, {}, problem)
     problems = [variable.problem for variable in variables]
     if imported.refusal is None:
-        problems += [None if imported.missing else problem, not_explained]
+        problems += [None if imported.missing else problem]
+    if imported.why_not_again() is None:
+        problems += [not_explained]
     problems += [_problem_of_request(request), _problem_of_run(call_run)]
     return Diagnosis(
         summary=_summary(request, calls, call_run, problem),
@@ -123,7 +139,7 @@ def import_torch() -> TorchImport:
     """Import torch, which also honours `FLASH_ATTENTION_IMPL` where a provider is installed."""
     try:
         import_module("torch")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             return TorchImport("torch is not installed", missing=True)
         chain: list[BaseException] = [error]
@@ -165,11 +181,9 @@ def _settle() -> Exception | None:
 
 def _reports(imported: TorchImport) -> tuple[tuple[ImplReport, ...], str | None]:
     """Return the reports, or none and why."""
-    if imported.refusal is not None:
-        return (), (
-            f"torch cannot be imported a second time, which their checks would do. Unset {STRICT} "
-            f"to see them."
-        )
+    not_again = imported.why_not_again()
+    if not_again is not None:
+        return (), not_again
     try:
         return explain_flash_attention_impls(), None
     except FlashAttentionRegistryError as error:

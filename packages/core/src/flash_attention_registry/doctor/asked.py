@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from flash_attention_registry import autoload, environment
+from flash_attention_registry import autoload, environment, metadata
 from flash_attention_registry.default import current_flash_attention_impl, default_registry
 from flash_attention_registry.doctor.findings import Request, Trap, Variable
 from flash_attention_registry.doctor.usable import is_active, why_not_usable
@@ -89,6 +89,8 @@ def _why_not_active(active: str | None) -> str:
     """Return why something that is usable is not active."""
     if active is not None:
         return f"usable, but {active!r} is active instead"
+    if any(variable.problem is not None for variable in parsed_variables()):
+        return "usable, but not active, because an environment variable cannot be understood"
     if autoload.was_called():
         return (
             "usable, but not active: its activation failed with a warning, or the program has "
@@ -107,7 +109,7 @@ def _autoload_is_off() -> bool:
 
 
 def environment_traps(reports: Sequence[ImplReport], request: Request) -> tuple[Trap, ...]:
-    """Return what the environment says that cannot have been meant."""
+    """Return what variables and installed metadata say that cannot have been meant."""
     traps = []
     if request.names and _autoload_is_off():
         traps.append(
@@ -115,6 +117,15 @@ def environment_traps(reports: Sequence[ImplReport], request: Request) -> tuple[
                 f"{IMPL} is set, but {AUTOLOAD}={os.environ[AUTOLOAD]} keeps torch from reading it",
                 f"Unset {AUTOLOAD}, or call activate_requested_flash_attention_impl() in the "
                 f"program.",
+            )
+        )
+    for text in metadata.unreadable():
+        traps.append(
+            Trap(
+                f"{text}. What that distribution offers is not seen here, and torch, which reads "
+                f"all of them, may not be importable",
+                f"Install that distribution again, or uninstall it. With {AUTOLOAD}=0 torch reads "
+                f"none of them.",
             )
         )
     try:

@@ -141,7 +141,7 @@ class AttentionRun:
         device: Where its tensors were; None if it was not made.
         served: Whether forward and backward ran on what was active; None if nothing was active, or
             if its calls are not counted here.
-        counts: What was counted during it, as in `Diagnosis.counts`.
+        counts: What was counted of it, and of no other call; as in `Diagnosis.counts`.
         reason: Why it was not served, or why that cannot be told, or None.
     """
 

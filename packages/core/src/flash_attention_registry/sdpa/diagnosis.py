@@ -33,6 +33,7 @@ from .probe import (
     query_of,
     typical_calls,
 )
+from .watch import CallWatch
 
 __all__ = ["counts", "run_once", "torch_facts", "traps", "typical_calls"]
 
@@ -115,23 +116,25 @@ def run_once(name: str | None = None) -> AttentionRun:
         name: The implementation or family to activate meanwhile; None leaves what is active.
 
     Returns:
-        What came of it. An error is in it and is not raised.
+        What came of it, and of no other call that is made meanwhile. An error is in it and is not
+        raised.
     """
     device_type = default_device_type()
     scope = nullcontext() if name is None else use_flash_attention_impl(name)
-    before = counts()
     active = made_on = None
+    counted: Counts = {}
     try:
         with scope, plain_torch(device_type):
             installed = router.installed_kernel_sets()
             active, made_on = active_on(installed, device_type), device_type
             query = query_of(CAUSAL, device_type)
-            out = F.scaled_dot_product_attention(query, query, query, is_causal=True)
-            torch.autograd.grad(out.float().square().sum(), query)
+            with CallWatch(query) as watch:
+                counted = watch.counts
+                out = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+                torch.autograd.grad(out.float().square().sum(), query)
             backend = backend_of(CAUSAL, query, None)
-    except Exception as error:
-        return AttentionRun(name, active, made_on, False, _since(before), describe(error))
-    counted = _since(before)
+    except (Exception, SystemExit) as error:
+        return AttentionRun(name, active, made_on, False, counted, describe(error))
     served, reason = _verdict(active, sorted(installed), backend, counted)
     return AttentionRun(name, active, made_on, served, counted, reason)
 
@@ -155,20 +158,3 @@ def _verdict(
         f"{which} reached {active}, which is installed for {', '.join(installed)}; torch chose "
         f"{backend or 'an unknown backend'}"
     )
-
-
-def _since(before: Counts) -> Counts:
-    """Return what was counted since `before`, by this thread or any other."""
-    nothing: dict[str, Any] = {"served": 0, "declined": {}}
-    since: Counts = {}
-    for op, count in counts().items():
-        old = before.get(op, nothing)
-        served = count["served"] - old["served"]
-        declined = {
-            why: number - old["declined"].get(why, 0)
-            for why, number in count["declined"].items()
-            if number > old["declined"].get(why, 0)
-        }
-        if served or declined:
-            since[op] = {"served": served, "declined": declined}
-    return since

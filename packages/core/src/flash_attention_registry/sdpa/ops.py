@@ -12,7 +12,7 @@ import torch
 
 from . import cpu, cudnn, flash, flash_general
 
-__all__ = ["ROUTED_OPS", "Adapter", "RoutedOps", "difference_to_schema", "schema_of"]
+__all__ = ["ROUTED_OPS", "Adapter", "RoutedOps", "difference_to_schema"]
 
 Adapter: TypeAlias = Callable[..., Any]
 """Takes the active kernels and an op's arguments; returns its results or a reason to decline."""
@@ -62,12 +62,6 @@ ROUTED_OPS: Mapping[str, RoutedOps] = MappingProxyType(
         ),
     }
 )
-
-
-def schema_of(op: str) -> torch.FunctionSchema | None:
-    """The schema of an op's default overload in this torch, None if it has no such op."""
-    packet = getattr(torch.ops.aten, op, None)
-    return None if packet is None else packet.default._schema
 
 
 def difference_to_schema(adapter: Adapter, schema: torch.FunctionSchema) -> str | None:

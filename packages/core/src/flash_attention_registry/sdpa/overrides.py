@@ -7,11 +7,12 @@ there, and what it says about a kernel: the line that registered it.
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from typing import Any
 
 import torch
+
+from .torch_internals import INDUCTOR_CONFIG, cpp_wrapper, keys_of, python_kernels
 
 __all__ = [
     "forget_python_overrides",
@@ -35,7 +36,7 @@ def kernel_text(op: str, dispatch_key: str) -> str | None:
 
 def is_overridden_from_python(op: str, dispatch_key: str) -> bool:
     """Whether torch's bookkeeping lists a Python kernel there."""
-    return f"aten/{op}/{dispatch_key}" in getattr(torch.library, "_impls", ())
+    return f"aten/{op}/{dispatch_key}" in (python_kernels() or ())
 
 
 def warn_of_python_override(op: str, dispatch_key: str) -> None:
@@ -58,8 +59,7 @@ def forget_python_overrides(library: Any) -> None:
     at a key that its bookkeeping lists. The dispatcher itself stacks kernels well, so dropping our
     keys from the bookkeeping is all it takes.
     """
-    overrides = getattr(torch.library, "_impls", None)
-    own = getattr(library, "_op_impls", None)
+    overrides, own = python_kernels(), keys_of(library)
     if overrides is not None and own is not None and _registers_without_override():
         overrides.difference_update(own)
 
@@ -76,12 +76,11 @@ def why_bypassed() -> str | None:
     which every override of an op stands. AOTInductor's code always does.
     """
     # Once Inductor's configuration is loaded it is what counts; it has read the variable.
-    configured = getattr(sys.modules.get("torch._inductor.config"), "cpp_wrapper", None)
+    configured = cpp_wrapper()
+    where = f"{INDUCTOR_CONFIG}.cpp_wrapper"
     if configured is None:
         where = "TORCHINDUCTOR_CPP_WRAPPER=1"
         configured = os.environ.get("TORCHINDUCTOR_CPP_WRAPPER") == "1"
-    else:
-        where = "torch._inductor.config.cpp_wrapper"
     if not configured:
         return None
     return (

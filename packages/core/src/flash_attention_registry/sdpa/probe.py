@@ -24,6 +24,7 @@ from . import router
 from .capabilities import KernelSet
 from .ops import ROUTED_OPS
 from .serving import ActiveKernels
+from .torch_internals import chosen_backend
 
 __all__ = [
     "CAUSAL",
@@ -85,7 +86,7 @@ def _typical_call(kind: CallKind, device_type: str) -> TypicalCall:
             query, mask = query_of(kind, device_type), _mask(kind, device_type)
             backend = backend_of(kind, query, mask)
             kernel, reason = _kernel(kind, query, mask, backend)
-    except Exception as error:  # such as a GPU without memory to spare
+    except (Exception, SystemExit) as error:  # such as a GPU without memory to spare
         return TypicalCall(kind.name, device_type, None, None, describe(error))
     return TypicalCall(kind.name, device_type, backend, kernel, reason)
 
@@ -122,17 +123,9 @@ def _mask(kind: CallKind, device_type: str) -> Tensor | None:
 
 
 def backend_of(kind: CallKind, query: Tensor, mask: Tensor | None) -> str | None:
-    """Name the backend that torch chooses; None if this torch no longer tells it.
-
-    The function is private to torch, and there is no public one.
-    """
-    try:
-        chosen = torch._fused_sdp_choice(
-            query, query, query, mask, dropout_p=kind.dropout_p, is_causal=kind.causal
-        )
-        return str(SDPBackend(chosen).name)
-    except (AttributeError, TypeError, ValueError):
-        return None
+    """Name the backend that torch chooses; None if this torch does not tell."""
+    chosen = chosen_backend(query, mask, kind.dropout_p, kind.causal)
+    return None if chosen is None else str(SDPBackend(chosen).name)
 
 
 def _kernel(

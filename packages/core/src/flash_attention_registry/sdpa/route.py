@@ -14,6 +14,7 @@ from flash_attention_registry.errors import CallDeclinedError
 from .counters import OpCounter, warn_or_log
 from .ops import Adapter
 from .serving import ActiveKernels
+from .watch import watches
 
 __all__ = ["Slot", "make_route"]
 
@@ -130,6 +131,10 @@ def make_route(
             result, warning = counter.note_failure(kernels.name, error)
         finally:
             _thread.inside = None
+        if watches:
+            reason = result if isinstance(result, str) else None
+            for watch in tuple(watches):
+                watch.note(op, args, reason)
         if not isinstance(result, str):
             counter.count_served()
             return result

@@ -18,7 +18,7 @@ from flash_attention_registry.fork import ForkSafeLock
 
 from .capabilities import KernelSet
 from .counters import counter_of
-from .ops import ROUTED_OPS, difference_to_schema, schema_of
+from .ops import ROUTED_OPS, difference_to_schema
 from .overrides import (
     forget_python_overrides,
     is_overridden_from_python,
@@ -28,6 +28,7 @@ from .overrides import (
 )
 from .route import Slot, make_route
 from .serving import ActiveKernels
+from .torch_internals import schema_of, take_out
 
 __all__ = [
     "InstalledKernels",
@@ -186,7 +187,7 @@ def uninstall(device_type: str = "cuda") -> None:
         slot.awaiting = None
         slot.routers = {}
         if library is not None:
-            library._destroy()
+            take_out(library)
 
 
 def _slot_of(device_type: str) -> Slot:
