@@ -54,9 +54,11 @@ class NumberTests(ProviderTestsBase):
         """The key that fits least has the largest weight."""
         _assert_scale_is_factor(subject, -1.0)
 
-    def test_large_scores_stay_finite(self, subject: Subject) -> None:
-        """Scores of several thousands, whose exponentials no format holds."""
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_large_scores_stay_finite(self, subject: Subject, sign: float) -> None:
+        """Scores of several thousands, whose exponentials no format holds; the scale has a sign."""
         inputs = problem(subject)
+        inputs = _scaled(inputs, sign * inputs.query.shape[-1] ** -0.5)
         inputs.query.mul_(100.0)
         inputs.key.mul_(30.0)
         for name, tensor in run(subject, inputs).items():
