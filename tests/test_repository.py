@@ -131,3 +131,9 @@ def test_python_in_documents_parses_and_names_public_functions(files: list[Path]
                 ):
                     wrong.append(f"{path.relative_to(ROOT)}: registry.{node.attr}")
     assert wrong == []
+
+
+def test_names_of_tests_are_the_same_in_every_process(request: pytest.FixtureRequest) -> None:
+    # Of all that this run has collected. An object's address is another in each worker of -n.
+    names = [item.nodeid for item in request.session.items]
+    assert [name for name in names if re.search(r"\b0x[0-9a-f]{6}", name)] == []

@@ -253,13 +253,13 @@ def test_what_runs_the_test_may_load_parts_of_itself_without_torch(
     import sys
 
     def test_first(no_torch):
-        assert "hypothesis" not in sys.modules
-        import hypothesis
-        sys.kit_hypothesis = hypothesis
+        assert "_pytest.pytester_assertions" not in sys.modules
+        import _pytest.pytester_assertions
+        sys.kit_assertions = _pytest.pytester_assertions
 
     def test_second():
-        import hypothesis
-        assert hypothesis is sys.kit_hypothesis
+        import _pytest.pytester_assertions
+        assert _pytest.pytester_assertions is sys.kit_assertions
     """
     )
     pytester.runpytest_subprocess().assert_outcomes(passed=2)

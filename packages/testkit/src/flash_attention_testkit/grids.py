@@ -61,8 +61,8 @@ def case_grid(name: GridName, capabilities: Capabilities | None = None) -> tuple
 
 
 _SHAPES: dict[GridName, tuple[tuple[int, int], ...]] = {
-    # One row, one key, whole blocks, ragged blocks, more rows than keys.
-    "quick": ((1, 1), (1, 130), (128, 128), (113, 203), (150, 97)),
+    # One row, one key, whole blocks, ragged blocks, one behind whole blocks, more rows than keys.
+    "quick": ((1, 1), (1, 130), (128, 128), (113, 203), (129, 257), (150, 97)),
     "standard": ((1, 1), (1, 1030), (64, 128), (113, 203), (203, 113), (512, 512), (1000, 2048)),
     "exhaustive": (
         *((1, 1), (1, 257), (2, 1024), (17, 17), (64, 128), (65, 63), (113, 203), (203, 113)),
@@ -98,10 +98,11 @@ def _quick(capabilities: Capabilities) -> Iterator[SdpaCase]:
     yield from (replace(base, **mask) for mask in _MASKS[2:])
     grouped = replace(base, heads=4, causal=True)
     yield grouped
-    yield replace(grouped, window_left=30, seq_q=65, seq_k=97)
+    yield replace(grouped, batch=2, window_left=30, seq_q=65, seq_k=97)
     yield _packed(grouped)
     yield replace(_packed(base), window_left=9, window_right=70)
-    for head_dim in sorted({*_ends(capabilities), _nearest(128, capabilities)}):
+    head_dims = {*_ends(capabilities), *(_nearest(dim, capabilities) for dim in (80, 128))}
+    for head_dim in sorted(head_dims):
         yield replace(base, seq_q=65, seq_k=97, head_dim=head_dim)
     for dtype in others:  # what depends on the dtype
         other = replace(base, dtype=dtype)

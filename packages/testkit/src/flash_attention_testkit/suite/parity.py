@@ -31,8 +31,8 @@ from flash_attention_testkit.suite._subject import (
 )
 from flash_attention_testkit.suite.parity_masks import MaskTests
 
-REPEATS = 250
-"""A block that is lost once in 50 calls is found by this many with a probability of 99.4 %."""
+REPEATS = 200
+"""A block that is lost once in 50 calls is found by this many with a probability of 98 %."""
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 
@@ -117,7 +117,7 @@ class ParityTests(MaskTests):
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
-        @given(case=legal_cases(declared, longest=130))
+        @given(case=legal_cases(declared, longest=100))
         def check(case: SdpaCase) -> None:
             findings.check(subject, case, tensor)
 
@@ -181,7 +181,7 @@ def _repeated(subject: Subject) -> SdpaCase:
     head_dim, dtype = usual_form(subject)
     if subject.device.type == "cuda":
         return SdpaCase(2, 8, 8, 333, 1023, head_dim, dtype)
-    return SdpaCase(1, 1, 1, 17, 203, head_dim, dtype)
+    return SdpaCase(1, 1, 1, 9, 97, head_dim, dtype)
 
 
 def _assert_equal(again: Mapping[str, Tensor], first: Mapping[str, Tensor], number: int) -> None:

@@ -28,8 +28,8 @@ MASKS: dict[str, AttentionOptions] = {
 }
 
 SEQUENCES = {
-    "fewer rows": ((70, 203),),
-    "more rows": ((203, 70),),
+    "fewer rows": ((40, 130),),
+    "more rows": ((130, 40),),
     "packed": ((33, 65), (0, 4), (1, 97), (70, 70), (5, 0)),
 }
 """Query rows and keys; the first two are dense."""

@@ -27,14 +27,14 @@ def problem(subject: Subject, *, seed: int = 0, **changes: Any) -> SdpaInputs:
     Args:
         subject: For what it declares.
         seed: Tells problems of one test apart.
-        **changes: Of the case, which otherwise is a dense batch of two sequences of 70 rows and
-            97 keys without a mask, with grouped heads if these are declared. ``lengths`` alone
+        **changes: Of the case, which otherwise is a dense batch of two sequences of 40 rows and
+            70 keys without a mask, with grouped heads if these are declared. ``lengths`` alone
             makes it packed.
     """
     head_dim, dtype = usual_form(subject)
     kv_heads = 1 if "gqa" in subject.capabilities.features else 2
     measures: dict[str, Any] = {"batch": 2, "heads": 2, "kv_heads": kv_heads}
-    measures |= {"seq_q": 70, "seq_k": 97, "head_dim": head_dim, "dtype": dtype}
+    measures |= {"seq_q": 40, "seq_k": 70, "head_dim": head_dim, "dtype": dtype}
     lengths = changes.get("lengths")
     if lengths is not None:
         longest = (max(side) for side in zip(*lengths, strict=True))

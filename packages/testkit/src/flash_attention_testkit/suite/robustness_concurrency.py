@@ -23,7 +23,7 @@ from flash_attention_testkit.suite.robustness_base import (
     run_call,
 )
 
-TURNS = 10
+TURNS = 8
 
 dense_or_packed = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 
@@ -33,7 +33,7 @@ class ConcurrencyTests(ProviderTestsBase):
 
     def test_threads_do_not_disturb_each_other(self, subject: Subject) -> None:
         """Two threads call the kernel set at once, each with its own problem."""
-        problems = [_problem(subject, seed, size) for seed, size in enumerate((97, 130))]
+        problems = [_problem(subject, seed, size) for seed, size in enumerate((65, 97))]
         expected = [run(subject, inputs) for inputs in problems]
         ready = threading.Barrier(2)
 
@@ -139,7 +139,8 @@ def _problem(subject: Subject, seed: int, size: int, *, packed: bool = False) ->
     options = masked(subject, causal=True)
     if packed:
         return problem(subject, seed=seed, lengths=PACKED, **options)
-    return problem(subject, seed=seed, seq_q=size, seq_k=size, **options)
+    batch = 2 if subject.device.type == "cuda" else 1
+    return problem(subject, seed=seed, batch=batch, seq_q=size, seq_k=size, **options)
 
 
 def _captured(

@@ -49,7 +49,7 @@ class MemoryTests(ProviderTestsBase):
 
     def test_inputs_may_be_slices_of_one_projection(self, subject: Subject) -> None:
         """Query, key and value are slices of one ``[B, S, Hq + 2 Hkv, D]``."""
-        plain = problem(subject, seq_q=97)
+        plain = problem(subject, seq_q=70)
         heads = [tensor.shape[2] for tensor in (plain.query, plain.key, plain.value)]
         projection = torch.cat([plain.query, plain.key, plain.value], 2)
         query, key, value = projection.split(heads, 2)
