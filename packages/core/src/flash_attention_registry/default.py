@@ -96,9 +96,9 @@ def activate_flash_attention_impl(impl: str) -> None:
 
     If this raises, what was active before is active again, with two exceptions that are raised
     after the change was made: `RestoreError`, and a `RegistryWarning` that a warnings filter turns
-    into an error. An error of the activation itself goes before such a warning, which is then a
-    note of it. Where the one before cannot be installed again either, stock kernels run, and a
-    note and a warning say so.
+    into an error. An interrupt may come after it too: what is named as active is what runs. An
+    error of the activation itself goes before such a warning, which is then a note of it. Where the
+    one before cannot be installed again either, stock kernels run, and a note and a warning say so.
 
     Args:
         impl: The name of an implementation or of a family.

@@ -90,7 +90,7 @@ class Swap:
     def is_done(self) -> bool:
         """Return whether the target is in place, and the previous one out of the way."""
         if self.target is not None:
-            return self.installation.finished and _is_handle(self.installation.result)
+            return _has_given_handle(self.installation)
         nothing_to_remove = self.previous is None or self.previous.handle is None
         return nothing_to_remove or self.removal().finished or self.removal_failure is not None
 
@@ -326,13 +326,16 @@ def _put_back(
             turn.warn(text)
             if not isinstance(second, Exception):
                 turn.raise_after(second)
-    return Active(previous.registration, way_back.result) if way_back.finished else None
+    given = _has_given_handle(way_back)
+    return Active(previous.registration, way_back.result) if given else None
 
 
-def _is_handle(value: object) -> bool:
-    """Whether a `register_fn` may return it."""
+def _has_given_handle(call: Call) -> bool:
+    """Whether a `register_fn` has returned, and what it may return: a handle or None."""
+    if not call.finished:
+        return False
     try:
-        return value is None or callable(getattr(value, "remove", None))
+        return call.result is None or callable(getattr(call.result, "remove", None))
     except Exception:
         return False
 
@@ -340,7 +343,7 @@ def _is_handle(value: object) -> bool:
 def _install(registration: Registration, call: Call) -> None:
     """Run the `register_fn` as `call`; if it fails nothing of what it built stays alive."""
     _call_and_free_frames(lambda: registration.install(call))
-    if not _is_handle(call.result):
+    if not _has_given_handle(call):
         found = type(call.result).__name__
         call.forget_result()
         raise HandleError(
