@@ -11,7 +11,7 @@ import pytest
 from flash_attention_registry import RegistryWarning, slot
 from flash_attention_registry.registration import Registration
 from flash_attention_registry.scope import ImplScope
-from flash_attention_registry.slot import Swap
+from flash_attention_registry.swap import Swap
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ class Interrupted(Registration):
 def test_a_way_back_that_is_interrupted_by_the_way_goes_on(ab, kernels, failing, after):
     registration = Interrupted("c", register_fn=kernels.installer("c"))
     registration.after, registration.times = after, 2
-    ab._registrations = {**ab._registrations, "c": registration}
+    ab._catalogue.add(registration)
     ab.register("d", register_fn=failing(OSError("gone")))
     ab.activate("c")
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.registration import ReasonCheck, RegisterFn
     from flash_attention_registry.report import ImplReport
-    from flash_attention_registry.slot import Listener, ListenerHandle
+    from flash_attention_registry.slot import ListenerHandle
+    from flash_attention_registry.swap import Listener
 
 _registry = Registry(in_step_with_torch=True)
 
