@@ -48,6 +48,8 @@ class Interrupt:
 
     def during(self, action) -> None:
         tracing = sys.gettrace()
+        # Python 3.12 traces instructions only if a frame has asked for it before tracing begins.
+        sys._getframe().f_trace_opcodes = self.event == "opcode"
         sys.settrace(self._enter)
         try:
             action()
