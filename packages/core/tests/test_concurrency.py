@@ -17,7 +17,7 @@ from flash_attention_registry import (
 )
 from flash_attention_registry.fork import ForkSafeLock, ForkSensitive, _renew_all
 from flash_attention_registry.scope import Entry
-from flash_attention_registry.slot import Swap
+from flash_attention_registry.swap import Swap
 from flash_attention_registry.transition import Transitions
 
 SECONDS = 20  # a test that waits longer than this hangs

@@ -14,6 +14,7 @@ from flash_attention_registry import (
     Registry,
     RegistryWarning,
     RestoreError,
+    torch_registry,
     torch_state,
 )
 from flash_attention_registry.discovery import Discovery
@@ -277,6 +278,19 @@ def test_what_another_thread_restores_there_meanwhile_is_seen_next_time(ours, to
     assert (ours.current(), torchs.current(), kernels.running) == (None, None, "stock")
     ours.activate("a")
     assert (ours.current(), torchs.current(), kernels.installed) == ("a", "a", ["a"])
+
+
+def test_what_changes_there_at_the_very_end_is_looked_at_again(ours, torchs, monkeypatch):
+    replace, seen = torch_registry.replace_active, []
+
+    def too_late_at_first(torch, *entries):
+        seen.append(entries)
+        return len(seen) > 1 and replace(torch, *entries)
+
+    monkeypatch.setattr(torch_registry, "replace_active", too_late_at_first)
+    ours.activate("a")
+    assert len(seen) >= 2
+    assert torchs.current() == "a"
 
 
 def test_torchs_cannot_be_unregistered_here(ours):

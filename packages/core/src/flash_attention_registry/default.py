@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.registration import ReasonCheck, RegisterFn
     from flash_attention_registry.report import ImplReport
-    from flash_attention_registry.slot import Listener, ListenerHandle
+    from flash_attention_registry.slot import ListenerHandle
+    from flash_attention_registry.swap import Listener
 
 _registry = Registry(in_step_with_torch=True)
 
@@ -96,9 +97,9 @@ def activate_flash_attention_impl(impl: str) -> None:
 
     If this raises, what was active before is active again, with two exceptions that are raised
     after the change was made: `RestoreError`, and a `RegistryWarning` that a warnings filter turns
-    into an error. An error of the activation itself goes before such a warning, which is then a
-    note of it. Where the one before cannot be installed again either, stock kernels run, and a
-    note and a warning say so.
+    into an error. An interrupt may come after it too: what is named as active is what runs. An
+    error of the activation itself goes before such a warning, which is then a note of it. Where the
+    one before cannot be installed again either, stock kernels run, and a note and a warning say so.
 
     Args:
         impl: The name of an implementation or of a family.

@@ -8,6 +8,7 @@ told of.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from flash_attention_registry.errors import describe
 
@@ -109,8 +110,7 @@ def _declared_by(
 def _read_what_is_there(path: str) -> None:
     """Raise if there is a file that cannot be read: `importlib.metadata` takes it for none."""
     if os.path.lexists(path):
-        with open(path, encoding="utf-8") as file:
-            file.read()
+        Path(path).read_bytes()
 
 
 def _folder(distribution: Distribution) -> str | None:

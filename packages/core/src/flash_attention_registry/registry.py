@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from flash_attention_registry import families
+from flash_attention_registry.catalogue import Catalogue
 from flash_attention_registry.discovery import Discovery
 from flash_attention_registry.errors import (
     ImplUnavailableError,
     NotRegisteredError,
     RestoreError,
-    UnknownImplError,
-    add_note,
     text_of,
 )
 from flash_attention_registry.registration import Registration, refuse_reserved
@@ -22,13 +21,14 @@ from flash_attention_registry.warn import warn_or_log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from flash_attention_registry.handle import FlashAttentionHandle
     from flash_attention_registry.registration import ReasonCheck, RegisterFn
     from flash_attention_registry.report import ImplReport
     from flash_attention_registry.scope import Entry
-    from flash_attention_registry.slot import Active, Listener, ListenerHandle
+    from flash_attention_registry.slot import ListenerHandle
+    from flash_attention_registry.swap import Active, Listener
     from flash_attention_registry.transition import Turn
 
 
@@ -64,8 +64,8 @@ class Registry:
         self.request = EnvironmentRequest(self)
         self._slot = Slot()
         self._torch = TorchRegistry(self, self._slot, connected=in_step_with_torch)
+        self._catalogue = Catalogue(self.discovery, self._torch)
         self._transitions = Transitions(around=self)
-        self._registrations: dict[str, Registration] = {}  # replaced, never changed
 
     # Around each transition
 
@@ -111,18 +111,15 @@ class Registry:
         refuse_reserved("impl", impl)
         if family is not None:
             refuse_reserved(f"family of flash attention impl {impl!r}", family)
-
-        def change(_turn: Turn) -> None:
-            if entry is None or impl not in self._registrations:  # a direct call came first
-                self._registrations = {**self._registrations, impl: registration}
-
-        self._transitions.make(f"register {impl!r}", change)
+        self._transitions.make(
+            f"register {impl!r}", lambda _turn: self._catalogue.add(registration)
+        )
 
     def unregister(self, impl: str) -> None:
         """See `unregister_flash_attention_impl`."""
 
         def change(turn: Turn) -> None:
-            if impl not in self._registrations and impl not in self.discovery.entries():
+            if impl not in self._catalogue.registrations and impl not in self.discovery.entries():
                 raise NotRegisteredError(
                     f"Cannot unregister flash attention impl {impl!r}: it is not registered"
                     f"{' here but in torch' if impl in self._torch.names() else ''}. "
@@ -137,17 +134,17 @@ class Registry:
         """Take `impl` out of the registrations, restoring stock kernels first if it is active."""
         if self._slot.name() == impl:
             self._slot.put(None, turn)
-        self._registrations = {k: v for k, v in self._registrations.items() if k != impl}
+        self._catalogue.drop(impl)
 
     # Asking
 
     def names(self) -> list[str]:
         """See `list_flash_attention_impls`."""
-        return sorted({*self._registrations, *self.discovery.entries(), *self._torch.names()})
+        return self._catalogue.names()
 
     def names_known(self) -> set[str]:
         """Return the names that are registered, or offered by what metadata has been read."""
-        return {*self._registrations, *self.discovery.names_seen()}
+        return self._catalogue.names_known()
 
     def current(self) -> str | None:
         """See `current_flash_attention_impl`."""
@@ -174,7 +171,8 @@ class Registry:
         from flash_attention_registry.report import report_on  # dataclasses: only who asks pays
 
         doing = "explain the implementations"
-        self._load(self.discovery.entries(), doing)
+        self.refuse_reentry(doing)
+        self._catalogue.load(self.discovery.entries(), self._drop_half_registered)
 
         def explain(_turn: Turn) -> tuple[ImplReport, ...]:
             return tuple(
@@ -182,7 +180,7 @@ class Registry:
                     name,
                     self.registration(name),
                     self.discovery.entries().get(name),
-                    not_loaded=self._why_not_loaded(name),
+                    not_loaded=self._catalogue.why_not_loaded(name),
                     active=name == self._slot.name(),
                 )
                 for name in self.names()
@@ -192,7 +190,7 @@ class Registry:
 
     def registration(self, name: str) -> Registration | None:
         """Return what is registered under a name, here or in torch's registry; loads nothing."""
-        return self._registrations.get(name) or self._torch.registration(name)
+        return self._catalogue.registration(name)
 
     def add_listener(self, listener: Listener) -> ListenerHandle:
         """See `add_transition_listener`."""
@@ -261,58 +259,19 @@ class Registry:
         """Make active again what was active at `entry`; stock kernels if that cannot be."""
         self._transitions.make(
             "return to the previous implementation",
-            lambda turn: self._return_to(entry.previous, turn),
+            lambda turn: entry.return_to_previous(self._slot, self.registration, turn),
         )
-
-    def _return_to(self, previous: Active | None, turn: Turn) -> None:
-        now = self._slot.active
-        if now is previous:
-            return
-        target = None
-        if previous is not None:
-            name = previous.registration.name
-            if self.registration(name) is not None:
-                target = previous.registration  # what was active, even if registered again since
-            else:
-                turn.warn(
-                    f"Cannot return to flash attention impl {name!r}: it was unregistered in the "
-                    f"meantime. No implementation is active: stock kernels run."
-                )
-        if now is not None and now.registration is target:
-            return
-        try:
-            self._slot.put(target, turn)
-        except BaseException:
-            # The slot holds what is to be left; that must not outlive its scope.
-            self._slot.put(None, turn)
-            raise
 
     def _activate(self, impl: str, turn: Turn) -> None:
         """Activate an implementation by its exact name, or else the best member of a family."""
         registration = self.registration(impl)
         if registration is not None:
             self._activate_exactly(registration, turn)
-            self.request.supersede()
-            return
-        if impl in self.discovery.entries():
-            raise ImplUnavailableError(
-                f"Flash attention impl {impl!r} is not available: {self._why_not_loaded(impl)}. "
-                f"Repair or uninstall that distribution. {self._slot.still()}"
-            )
-        members = families.members_of(impl, self._registrations.values())
-        if members:
+        elif impl not in self.discovery.entries() and (members := self._catalogue.members_of(impl)):
             families.activate_best(impl, members, self._slot, turn)
-            self.request.supersede()
-            return
-        error = UnknownImplError(
-            f"Unknown flash attention impl '{impl}'. Available implementations: {self.names()}"
-        )
-        for name in self.discovery.entries():
-            if name not in self._registrations:
-                add_note(error, f"{name!r} could not be loaded: {self._why_not_loaded(name)}")
-        for text in self.discovery.unreadable():
-            add_note(error, text)
-        raise error
+        else:
+            raise self._catalogue.refusal(impl, self._slot.still())
+        self.request.supersede()
 
     def _activate_exactly(self, registration: Registration, turn: Turn) -> None:
         active = self._slot.active
@@ -329,47 +288,32 @@ class Registry:
     # Loading installed providers
 
     def _load_for(self, impl: str) -> None:
-        """Load the provider of that name; all of them if it may be a family's name."""
+        """Load what may have to be known in order to activate a name."""
         if not isinstance(impl, str):
             raise TypeError(
                 f"A flash attention impl is named by a str, but {impl!r} was given. "
                 f"Available implementations: {self.names()}"
             )
-        if self.registration(impl) is None:
-            entries = self.discovery.entries()
-            self._load([impl] if impl in entries else entries, f"activate {impl!r}")
-
-    def _load(self, names: Iterable[str], wanted: str) -> None:
-        # Outside the lock: a provider's callable must be free to register.
-        self.refuse_reentry(wanted)
-        for name in tuple(names):
-            self.discovery.load(name, lambda name: name in self._registrations)
-            if self.discovery.is_broken(name):
-                self._drop_half_registered(name)
+        self.refuse_reentry(f"activate {impl!r}")
+        self._catalogue.load_for(impl, self._drop_half_registered)
 
     def _drop_half_registered(self, name: str) -> None:
         """Take back what a provider registered before it failed."""
 
         def change(turn: Turn) -> None:
-            registration = self._registrations.get(name)
+            registration = self._catalogue.registrations.get(name)
             if registration is not None and registration.entry is not None:
                 self._drop(name, turn)
 
         self._transitions.make(f"load the provider of {name!r}", change)
 
-    def _why_not_loaded(self, name: str) -> str:
-        return self.discovery.failure(name) or "its provider has not registered it yet"
-
     # For tests
 
     def snapshot(self) -> RegistrySnapshot:
         """Return everything that `reset` needs to go back to this moment."""
-        slot = self._slot
         return self._transitions.make(
             "take a snapshot",
-            lambda _turn: RegistrySnapshot(
-                self._registrations, slot.active, dict(slot.listeners), self.discovery.save()
-            ),
+            lambda _turn: RegistrySnapshot(self._catalogue, self._slot, self.discovery),
         )
 
     def reset(self, snapshot: RegistrySnapshot) -> None:
@@ -382,16 +326,7 @@ class Registry:
         Args:
             snapshot: What `snapshot()` of this registry returned.
         """
-
-        def change(turn: Turn) -> None:
-            now = self._slot.active
-            target = None if snapshot.active is None else snapshot.active.registration
-            if now is not None and now.registration is not target:
-                self._slot.put(None, turn)
-            self._registrations = snapshot.registrations
-            self._slot.keep_listeners(snapshot.listeners)
-            self.discovery.restore(snapshot.discovery)
-            if target is not None and self._slot.active is None:
-                self._slot.put(target, turn)
-
-        self._transitions.make("reset the registry", change)
+        self._transitions.make(
+            "reset the registry",
+            lambda turn: snapshot.put_back(self._catalogue, self._slot, self.discovery, turn),
+        )

@@ -117,16 +117,17 @@ class EnvironmentRequest(ForkSensitive):
 
     def _resume_once(self) -> bool:
         """Return whether it was in vain, but is worth another try."""
-        if not self._pending or self._await_first_call is None or self._awaits_first_call:
+        await_first_call = self._await_first_call
+        if not self._pending or await_first_call is None or self._awaits_first_call:
             return False
         if self._must_wait() or _is_half_imported_sdpa():
             return False
         if self._providers_are_half_imported():
-            self._await_first_call("cpu", self.settle_without_cuda)
-            self._await_first_call("cuda", self.settle)
+            await_first_call("cpu", lambda: self._settle_on_cpu(await_first_call))
+            await_first_call("cuda", self.settle)
             return False
         try:
-            without_waiting(lambda: self._lock.hold(self._settle_or_await))
+            without_waiting(lambda: self._lock.hold(lambda: self._begin(await_first_call)))
         except BusyError as error:
             return error.is_over()
         except Exception as error:
@@ -134,17 +135,23 @@ class EnvironmentRequest(ForkSensitive):
             _raise_or_warn(error)
         return False
 
-    def _settle_or_await(self) -> None:
+    def _begin(self, await_first_call: AwaitFirstCall) -> None:
+        """Settle what needs no CUDA."""
         try:
             without_cuda(self._settle)
         except CudaNeededError:
-            self._await_cuda()
+            self._await_cuda(await_first_call)
 
-    def _await_cuda(self) -> None:
+    def _settle_on_cpu(self, await_first_call: AwaitFirstCall) -> bool:
+        """As `settle`, at a call in a program that may not use CUDA."""
+        try:
+            return without_cuda(self.settle)
+        except CudaNeededError:
+            self._await_cuda(await_first_call)
+            return True
+
+    def _await_cuda(self, await_first_call: AwaitFirstCall) -> None:
         """Leave the rest to the first attention call on a GPU."""
-        await_first_call = self._await_first_call
-        if await_first_call is None:
-            return
         try:
             self._awaits_first_call = True  # before the call, which may import `sdpa`
             await_first_call("cuda", self.settle)
@@ -168,18 +175,6 @@ class EnvironmentRequest(ForkSensitive):
         if self._must_wait() or self._providers_are_half_imported():
             return False
         return self._lock.hold(self._settle_or_warn)
-
-    def settle_without_cuda(self) -> bool:
-        """As `settle`, in a program that has not begun to use CUDA.
-
-        Returns:
-            Whether that is done, or left to the first attention call on a GPU.
-        """
-        try:
-            return without_cuda(self.settle)
-        except CudaNeededError:
-            self._await_cuda()
-            return True
 
     def _settle_or_warn(self) -> bool:
         names = self._pending

@@ -6,10 +6,14 @@ from flash_attention_registry.errors import RegistryWarning, add_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
+    from flash_attention_registry.registration import Registration
     from flash_attention_registry.registry import Registry
-    from flash_attention_registry.slot import Active
+    from flash_attention_registry.slot import Slot
+    from flash_attention_registry.swap import Active
+    from flash_attention_registry.transition import Turn
 
 
 class Entry:
@@ -33,6 +37,38 @@ class Entry:
         """Note what to return to."""
         self.previous = previous
         self.noted = True
+
+    def return_to_previous(
+        self, slot: Slot, registration: Callable[[str], Registration | None], turn: Turn
+    ) -> None:
+        """Make active again what was; stock kernels if that cannot be.
+
+        Args:
+            slot: Where.
+            registration: Tells what is registered under a name by now.
+            turn: Takes the warnings.
+        """
+        now, previous = slot.active, self.previous
+        if now is previous:
+            return
+        target = None
+        if previous is not None:
+            name = previous.registration.name
+            if registration(name) is not None:
+                target = previous.registration  # what was active, even if registered again since
+            else:
+                turn.warn(
+                    f"Cannot return to flash attention impl {name!r}: it was unregistered in the "
+                    f"meantime. No implementation is active: stock kernels run."
+                )
+        if now is not None and now.registration is target:
+            return
+        try:
+            slot.put(target, turn)
+        except BaseException:
+            # The slot holds what is to be left; that must not outlive its scope.
+            slot.put(None, turn)
+            raise
 
 
 class ImplScope:

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
-from flash_attention_registry.errors import HandleError, RestoreError, add_note, describe
+from flash_attention_registry.errors import RestoreError, add_note, describe
 from flash_attention_registry.fork import ForkSensitive
 from flash_attention_registry.indivisible import Call
+from flash_attention_registry.installing import call_and_free_frames, install
+from flash_attention_registry.swap import Active, Swap, put_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import TypeVar
 
     from flash_attention_registry.handle import FlashAttentionHandle
     from flash_attention_registry.registration import Registration
+    from flash_attention_registry.swap import Listener, News
     from flash_attention_registry.transition import Turn
-
-    T = TypeVar("T")
-    Listener = Callable[[str | None, str | None], object]
-    News = tuple[Listener, str | None, str | None]
-
-
-class Active:
-    """An implementation whose kernels are installed; never changed, only replaced.
-
-    Attributes:
-        registration: What was registered when it was activated.
-        handle: What its `register_fn` returned; None if its kernels cannot be removed.
-        by_torch: Whether it was activated in torch's registry, which holds the handle too.
-        removal: The call of the handle's `remove()`.
-    """
-
-    __slots__ = ("by_torch", "handle", "registration", "removal")
-
-    def __init__(
-        self,
-        registration: Registration,
-        handle: FlashAttentionHandle | None,
-        *,
-        by_torch: bool = False,
-    ) -> None:
-        """Keep them; nothing is removed yet."""
-        self.registration = registration
-        self.handle = handle
-        self.by_torch = by_torch
-        self.removal = Call()
 
 
 class ListenerHandle:
@@ -58,41 +28,6 @@ class ListenerHandle:
     def remove(self) -> None:
         """Stop calling the listener; a second call does nothing."""
         self._listeners.pop(self, None)
-
-
-class Swap:
-    """One implementation taking the place of another, and how far that got.
-
-    Attributes:
-        previous: What was active before; None for stock kernels.
-        target: What is to be; None for stock kernels.
-        removal_failure: What the `remove()` of the previous one raised, unless it was an interrupt.
-        installation: The call of the target's `register_fn`.
-        way_back: The call of the previous one's, after a failure.
-        outcome: What is active afterwards and what listeners hear, once that is decided.
-    """
-
-    __slots__ = ("installation", "outcome", "previous", "removal_failure", "target", "way_back")
-
-    def __init__(self, previous: Active | None, target: Registration | None) -> None:
-        """Nothing has been done yet."""
-        self.previous = previous
-        self.target = target
-        self.removal_failure: Exception | None = None
-        self.installation = Call()
-        self.way_back = Call()
-        self.outcome: tuple[Active | None, list[News]] | None = None
-
-    def removal(self) -> Call:
-        """Return the call that removes the previous one, which may be none to be removed."""
-        return Call() if self.previous is None else self.previous.removal
-
-    def is_done(self) -> bool:
-        """Return whether the target is in place, and the previous one out of the way."""
-        if self.target is not None:
-            return self.installation.finished and _is_handle(self.installation.result)
-        nothing_to_remove = self.previous is None or self.previous.handle is None
-        return nothing_to_remove or self.removal().finished or self.removal_failure is not None
 
 
 class Slot(ForkSensitive):
@@ -160,13 +95,13 @@ class Slot(ForkSensitive):
         if target is None and previous is None:
             return
         if target is not None and target.prepare is not None:
-            _call_and_free_frames(target.prepare)
+            call_and_free_frames(target.prepare)
         swap = self._swap = Swap(previous, target)
         removal_error = None
         try:
             removal_error = self._remove(swap)
             if target is not None:
-                _install(target, swap.installation)
+                install(target, swap.installation)
         except BaseException as error:
             if removal_error is not None:
                 add_note(error, str(removal_error))
@@ -246,7 +181,7 @@ class Slot(ForkSensitive):
             return active, self._news_of(swap, active)
         if previous is None or not previous.removal.begun:
             return previous, self._news
-        active = _put_back(previous, swap.way_back, turn, error)
+        active = put_back(previous, swap.way_back, turn, error)
         return active, self._news_of(swap, None) if active is None else self._news
 
     def _keep_if_stuck(self, swap: Swap) -> None:
@@ -304,79 +239,3 @@ def _warn_of_what_stays(left: Active | None, turn: Turn) -> None:
             f"returned no handle: its kernels cannot be removed and may still run. Restart "
             f"the process to be rid of them."
         )
-
-
-def _put_back(
-    previous: Active, way_back: Call, turn: Turn, error: BaseException | None
-) -> Active | None:
-    """Install `previous` again because of `error`; settle for stock if that fails too."""
-    if not way_back.begun:
-        try:
-            _install(previous.registration, way_back)
-        except BaseException as second:
-            if not way_back.begun or way_back.finished:
-                raise  # an interrupt of this code: the next call goes on from here
-            text = (
-                f"Flash attention impl {previous.registration.name!r} could not be activated again "
-                f"({describe(second)}). No implementation is active: stock kernels run."
-            )
-            if error is not None:
-                add_note(error, text)
-                text = f"{text} The transition before it failed with {describe(error)}."
-            turn.warn(text)
-            if not isinstance(second, Exception):
-                turn.raise_after(second)
-    return Active(previous.registration, way_back.result) if way_back.finished else None
-
-
-def _is_handle(value: object) -> bool:
-    """Whether a `register_fn` may return it."""
-    try:
-        return value is None or callable(getattr(value, "remove", None))
-    except Exception:
-        return False
-
-
-def _install(registration: Registration, call: Call) -> None:
-    """Run the `register_fn` as `call`; if it fails nothing of what it built stays alive."""
-    _call_and_free_frames(lambda: registration.install(call))
-    if not _is_handle(call.result):
-        found = type(call.result).__name__
-        call.forget_result()
-        raise HandleError(
-            f"register_fn of flash attention impl {registration.name!r} returned an object of type "
-            f"{found} without a callable remove(). It must return None or a handle whose remove() "
-            f"uninstalls the kernels."
-        )
-
-
-def _call_and_free_frames(call: Callable[[], T]) -> T:
-    """Call; if it raises, free the local variables of every function that has ended by that.
-
-    A traceback keeps them alive, and with them a half-built kernel library, for as long as
-    somebody keeps the exception: a notebook, pytest, or an `except` clause.
-    """
-    outer = sys.exc_info()[1]
-    try:
-        return call()
-    except BaseException as error:
-        _free_frames(error, outer)
-        raise
-
-
-def _free_frames(error: BaseException, outer: BaseException | None) -> None:
-    """Clear the frames of `error` and of what led to it, up to but without `outer`.
-
-    `outer` was being handled before the failed call began: its frames are none of our business.
-    """
-    import traceback  # loads much that only this rare path needs
-
-    pending: list[BaseException | None] = [error]
-    seen = {id(outer)}
-    while pending:
-        one = pending.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        traceback.clear_frames(one.__traceback__)
-        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]

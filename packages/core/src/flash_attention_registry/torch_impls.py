@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flash_attention_registry.handle import FlashAttentionHandle
     from flash_attention_registry.indivisible import Call
     from flash_attention_registry.registry import Registry
-    from flash_attention_registry.slot import Active
+    from flash_attention_registry.swap import Active
 
 
 class Activator:

@@ -17,7 +17,7 @@ forgotten here.
 
 from __future__ import annotations
 
-from flash_attention_registry.slot import Active
+from flash_attention_registry.swap import Active
 from flash_attention_registry.torch_impls import (
     Activator,
     OurHandle,

@@ -121,6 +121,7 @@ HOLDS: dict[str, Callable[[], bool]] = {
     "_fused_sdp_choice": the_choice_of_a_backend_can_be_asked_for,
     torch_internals.INDUCTOR_CONFIG: inductors_configuration_has_the_switch,
     "_C": lambda: type(torch._C) is type(sys),
+    "torch._C": lambda: sys.modules["torch._C"] is torch._C,
     "_get_fa3_sdp_enabled": internals_have_the_switch_of_fa3,
     "_set_sdp_use_fa3": internals_have_the_switch_of_fa3,
     TORCHS_REGISTRY: lambda: TORCHS_REGISTRY in sys.modules,
