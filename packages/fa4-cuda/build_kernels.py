@@ -1,22 +1,32 @@
-"""Compiles ``src/fa4_cuda/csrc`` into one shared library with a C ABI.
+"""Compile `src/fa4_cuda/csrc` into the one shared library of this package: `hatch run build-cuda`.
 
-Needs nvcc (CUDA 12.8 or newer: C++20 and sm_90a) and a host compiler; no torch, no GPU. Standard library only, because
-build backends import it. ``python build_kernels.py OUTPUT`` builds by hand.
+    python packages/fa4-cuda/build_kernels.py [OUTPUT] [--jobs N]
+
+Every source file becomes an object with a stamp beside it: a hash of the compiler, the flags, the
+file and all that it includes from here. What has its stamp is not compiled again. Objects, stamps
+and what ptxas reports of each kernel are in `build/`, the library is in `src/fa4_cuda/lib/`. Needs
+nothing but the standard library, nvcc and the host compiler that nvcc calls; no torch, no GPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-SOURCES = Path(__file__).parent / "src" / "fa4_cuda" / "csrc"
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "src/fa4_cuda/csrc"
+LIBRARY = ROOT / "src/fa4_cuda/lib/libfa4_cuda.so"
+BUILD = ROOT / "build"
 
 COMPILE_FLAGS = (
     "-std=c++20",
@@ -26,59 +36,119 @@ COMPILE_FLAGS = (
     # The "a": wgmma and setmaxnreg exist for this architecture only, and there is no forward-compatible PTX.
     "-gencode=arch=compute_90a,code=sm_90a",
     "-Xptxas=-v",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall",
 )
-LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s")
+LINK_FLAGS = (
+    "-shared",
+    "-cudart=static",
+    # Torch loads a CUDA runtime of its own: none of this one's symbols may be seen.
+    "-Xlinker=--exclude-libs,ALL",
+    # The library is loaded beside torch with and without CUDA: it may need neither.
+    "-Xlinker=-z,defs",
+    "-Xlinker=-s",
+)
+
+NO_NVCC = """nvcc was not found (looked at $CUDACXX, $CUDA_HOME/bin, $CUDA_PATH/bin, PATH, \
+/usr/local/cuda/bin and NVIDIA's wheel nvidia-cuda-nvcc). Do one of these:
+  - install the wheel, which needs no compiler: pip install --only-binary fa4-cuda fa4-cuda
+  - install a CUDA toolkit, 12.8 or newer, and set CUDA_HOME
+  - let pip fetch NVIDIA's compiler for the build: pip install without --no-build-isolation"""
 
 
-class BuildError(RuntimeError):
-    """The compiler failed; the message has its command and output."""
+class BuildError(Exception):
+    """The library cannot be built; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class KernelReport:
-    """What ptxas says of one kernel."""
+class KernelReport(NamedTuple):
+    """What ptxas says of one kernel.
+
+    Attributes:
+        name: Its mangled name.
+        registers: Per thread, at launch.
+        stack_bytes: Of a thread.
+        spill_bytes: Stores and loads together.
+    """
 
     name: str
-    """Its mangled name."""
     registers: int
-    """Per thread, at launch."""
     stack_bytes: int
     spill_bytes: int
-    """Stores and loads together."""
 
 
 def find_nvcc() -> Path | None:
-    """The compiler: ``$CUDACXX``, then CUDA_HOME and CUDA_PATH, ``PATH``, and NVIDIA's wheels."""
-    if explicit := os.environ.get("CUDACXX"):
-        return Path(explicit)
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        root = os.environ.get(variable)
-        if root and (nvcc := Path(root) / "bin" / "nvcc").exists():
-            return nvcc
-    if found := shutil.which("nvcc"):
-        return Path(found)
+    """Return the compiler to use, or None if there is none."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        return Path(named)
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [Path(home) / "bin/nvcc" for home in homes if home]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        places.append(Path(on_path))
+    places.append(Path("/usr/local/cuda/bin/nvcc"))
     try:
-        import nvidia.cu13 as wheel  # a namespace package, of the wheel nvidia-cuda-nvcc
+        import nvidia.cu13 as wheel  # the folder into which NVIDIA's wheels put the toolkit
     except ImportError:
-        return None
-    nvcc = Path(next(iter(wheel.__path__))) / "bin" / "nvcc"
-    return nvcc if nvcc.exists() else None
+        pass
+    else:
+        places += [Path(folder) / "bin/nvcc" for folder in wheel.__path__]
+    return next((place for place in places if place.exists()), None)
 
 
-def sources(directory: Path = SOURCES) -> list[Path]:
-    """What is compiled, the slowest first."""
-    files = [*directory.glob("*.cpp"), *directory.glob("*.cu")]
-    return sorted(files, key=lambda file: (file.suffix != ".cu", -_head_dim(file), file.name))
+def sources() -> list[Path]:
+    """Return the files that become objects, those that take longest first."""
+    files = [*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cpp")]
+    return sorted(files, key=lambda file: (file.suffix != ".cu", -_head_dim(file), file))
 
 
 def _head_dim(file: Path) -> int:
-    found = re.search(r"_d(\d+)$", file.stem)
+    found = re.search(r"_d(\d+)", file.stem)
     return int(found[1]) if found else 0
 
 
+def build(output: Path = LIBRARY, *, jobs: int | None = None) -> list[Path]:
+    """Compile what has changed and link it.
+
+    Args:
+        output: The library.
+        jobs: How many files to compile at once, the number of processors by default.
+
+    Returns:
+        The sources that were compiled.
+
+    Raises:
+        BuildError: There is no nvcc, or it failed.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError(NO_NVCC)
+    compiler = _run([str(nvcc), "--version"]) + "\0".join(COMPILE_FLAGS)
+    BUILD.mkdir(exist_ok=True)
+    _forget_objects_without_source()
+    stale = [source for source in sources() if not _is_current(source, compiler)]
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda source: _compile(nvcc, source, compiler), stale))
+    _link(nvcc, compiler, output)
+    return stale
+
+
+def is_current() -> bool:
+    """Return whether the library is there and is what `build` would make, as far as is known here."""
+    nvcc = find_nvcc()
+    if nvcc is None or not LIBRARY.exists():
+        return LIBRARY.exists()
+    compiler = _run([str(nvcc), "--version"]) + "\0".join(COMPILE_FLAGS)
+    return all(_is_current(source, compiler) for source in sources())
+
+
+def reports() -> list[KernelReport]:
+    """Return what ptxas said of every kernel when it was compiled."""
+    texts = [_beside(source, ".ptxas").read_text(encoding="utf-8") for source in sources()]
+    return [report for text in texts for report in parse_ptxas(text)]
+
+
 def parse_ptxas(text: str) -> list[KernelReport]:
-    """The kernels in the output of ``ptxas -v``, in its order."""
+    """Return the kernels in the output of `ptxas -v`, in its order."""
     entry = re.compile(
         r"Compiling entry function '(?P<name>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -96,50 +166,110 @@ def parse_ptxas(text: str) -> list[KernelReport]:
     ]
 
 
-def build(output: Path, nvcc: Path, *, jobs: int | None = None, directory: Path = SOURCES) -> str:
-    """Compile and link ``output``; returns what the compiler said (``parse_ptxas`` reads it).
+def _beside(source: Path, suffix: str) -> Path:
+    """Return the path in `build/` of what belongs to `source`."""
+    return BUILD / f"{'.'.join(source.relative_to(SOURCES).parts)}{suffix}"
 
-    Raises:
-        BuildError: The compiler failed.
-    """
-    jobs = jobs or len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
-        files = sources(directory)
-        objects = [Path(folder) / f"{file.name}.o" for file in files]
 
-        def compile_one(pair: tuple[Path, Path]) -> str:
-            file, target = pair
-            return _run([str(nvcc), *COMPILE_FLAGS, "-c", str(file), "-o", str(target)])
+def _forget_objects_without_source() -> None:
+    known = {_beside(source, ".o") for source in sources()}
+    for left in BUILD.glob("*.o"):
+        if left not in known:
+            left.unlink()
 
-        with ThreadPoolExecutor(jobs) as pool:
-            logs = list(pool.map(compile_one, zip(files, objects, strict=True)))
-        # Wheels of the compiler keep the runtime library beside it.
-        library = nvcc.parents[1] / "lib"
-        search = [f"-L{library}"] if library.is_dir() else []
-        output.parent.mkdir(parents=True, exist_ok=True)
-        logs.append(_run([str(nvcc), *LINK_FLAGS, *search, "-o", str(output), *map(str, objects)]))
-    return "".join(logs)
+
+def _stamp(source: Path, compiler: str) -> str | None:
+    """Return what the object of `source` depends on, as a hash, or None if that is not known."""
+    try:
+        text = _beside(source, ".d").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    # A make rule: `target: file file \` and so on. Of the toolkit's files its version speaks.
+    named = text.partition(":")[2].replace("\\\n", " ").split()
+    included = {Path(name).resolve() for name in named}
+    return _hash_of([compiler], sorted(path for path in included if path.is_relative_to(SOURCES)))
+
+
+def _hash_of(texts: Iterable[str], files: Iterable[Path]) -> str | None:
+    digest = hashlib.sha256("\0".join(texts).encode())
+    try:
+        for path in files:
+            digest.update(path.read_bytes() + b"\0")
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()
+
+
+def _is_current(source: Path, compiler: str) -> bool:
+    stamp = _beside(source, ".stamp")
+    return (
+        _beside(source, ".o").exists()
+        and stamp.exists()
+        and stamp.read_text(encoding="utf-8") == _stamp(source, compiler)
+    )
+
+
+def _compile(nvcc: Path, source: Path, compiler: str) -> None:
+    _beside(source, ".stamp").unlink(missing_ok=True)
+    start = time.monotonic()
+    dependencies = ["-MD", "-MF", str(_beside(source, ".d"))]
+    target = ["-c", str(source), "-o", str(_beside(source, ".o"))]
+    report = _run([str(nvcc), *COMPILE_FLAGS, *dependencies, *target])
+    _beside(source, ".ptxas").write_text(report, encoding="utf-8")
+    _beside(source, ".stamp").write_text(_stamp(source, compiler) or "", encoding="utf-8")
+    print(f"{time.monotonic() - start:6.1f} s  {source.relative_to(SOURCES)}", flush=True)
+
+
+def _link(nvcc: Path, compiler: str, output: Path) -> None:
+    stamps = [_beside(source, ".stamp").read_text(encoding="utf-8") for source in sources()]
+    stamp = _hash_of([compiler, *LINK_FLAGS, str(output), *stamps], []) or ""
+    recorded = BUILD / "library.stamp"
+    if output.exists() and recorded.exists() and recorded.read_text(encoding="utf-8") == stamp:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Wheels of the compiler keep the runtime library where nvcc does not look.
+    beside = [f"-L{folder}" for folder in [nvcc.resolve().parents[1] / "lib"] if folder.is_dir()]
+    # Linked beside its place and moved there: a process may have the old one loaded.
+    made = output.with_suffix(".new")
+    objects = [str(_beside(source, ".o")) for source in sources()]
+    _run([str(nvcc), *LINK_FLAGS, *beside, "-o", str(made), *objects])
+    made.replace(output)
+    recorded.write_text(stamp, encoding="utf-8")
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    text = done.stdout + done.stderr
-    if done.returncode:
-        raise BuildError(f"exit status {done.returncode}: {' '.join(command)}\n{text}")
-    return text
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from None
+    if done.returncode != 0:
+        raise BuildError(
+            f"{command[0]} failed with status {done.returncode}:\n{' '.join(command)}\n"
+            f"{done.stdout}{done.stderr}"
+        )
+    return done.stdout + done.stderr
 
 
-def main() -> None:
-    """Build by hand."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python build_kernels.py OUTPUT.so")
-    nvcc = find_nvcc()
-    if nvcc is None:
-        sys.exit("nvcc was not found: set CUDACXX or CUDA_HOME, or put it on PATH")
-    log = build(Path(sys.argv[1]), nvcc)
-    for kernel in parse_ptxas(log):
-        print(f"{kernel.registers:4} registers {kernel.spill_bytes:4} bytes spilled  {kernel.name}")
+def main() -> int:
+    """Build, and say what was done; return the exit status."""
+    parser = argparse.ArgumentParser(description="Compile the CUDA kernels of fa4-cuda.")
+    parser.add_argument("output", nargs="?", type=Path, default=LIBRARY, help="the library")
+    parser.add_argument("--jobs", type=int, help="files to compile at once")
+    options = parser.parse_args()
+    start = time.monotonic()
+    try:
+        compiled = build(options.output, jobs=options.jobs)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for kernel in reports():
+        if kernel.spill_bytes or kernel.stack_bytes:
+            print(f"{kernel.spill_bytes} bytes spilled by {kernel.name}")
+    size = options.output.stat().st_size / 2**20
+    print(f"{options.output.name}: {size:.1f} MiB, {len(compiled)} of {len(sources())} files compiled")
+    print(f"{time.monotonic() - start:6.1f} s  in all")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,8 +42,8 @@ int first_tile(int head_dim, Mask mask) {
 
 Window window_of(const fa4_forward_args& args) {
   const int right = args.causal ? 0 : args.window_right;
-  const bool left_bounded = args.window_left >= 0 && args.window_left < args.seq_k;
-  const bool right_bounded = right >= 0 && right < args.seq_q;
+  const bool left_bounded = args.window_left >= 0 && args.window_left < args.seq_k - 1;
+  const bool right_bounded = right >= 0 && right < args.seq_q - 1;
   const int everything = args.seq_q + args.seq_k;
   Window window{Mask::kFull, everything, everything};
   if (right_bounded) {

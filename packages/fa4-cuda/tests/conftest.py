@@ -1,0 +1,184 @@
+"""The C ABI through ctypes, and builds of it that are kept between runs."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+from ctypes import c_float, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1]
+CSRC = PACKAGE / "src" / "fa4_cuda" / "csrc"
+CACHE = PACKAGE.parents[1] / ".cache" / "fa4-cuda"
+
+
+class Tensor(ctypes.Structure):
+    """fa4_tensor."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("stride_batch", c_int64),
+        ("stride_seq", c_int64),
+        ("stride_head", c_int64),
+    )
+
+
+class ForwardArgs(ctypes.Structure):
+    """fa4_forward_args."""
+
+    _fields_ = (
+        *((name, Tensor) for name in ("q", "k", "v", "out")),
+        ("lse", c_void_p),
+        ("lse_stride_batch", c_int64),
+        ("lse_stride_head", c_int64),
+        *((name, c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
+        *(
+            (name, c_int32)
+            for name in (
+                *("element", "batch", "heads_q", "heads_k", "head_dim", "seq_q", "seq_k"),
+                *("total_q", "total_k", "causal", "window_left", "window_right"),
+            )
+        ),
+        ("scale", c_float),
+        ("empty_lse", c_float),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
+        ("workspace_is_zero", c_int32),
+        ("stream", c_void_p),
+    )
+
+
+class ForwardPlan(ctypes.Structure):
+    """fa4_forward_plan."""
+
+    _fields_ = (
+        *(
+            (name, c_int32)
+            for name in (
+                *("tile", "packed_heads", "tile_queries", "tiles"),
+                *("grid", "section_keys", "dynamic"),
+            )
+        ),
+        ("workspace_bytes", c_int64),
+    )
+
+
+class ForwardTile(ctypes.Structure):
+    """fa4_forward_tile."""
+
+    _fields_ = tuple(
+        (name, c_int32)
+        for name in (
+            *("head_dim", "mask", "block_m", "block_n"),
+            *("q_stages", "kv_stages", "shared_bytes"),
+        )
+    )
+
+
+class Planner:
+    """The host side of the library, without CUDA."""
+
+    tensor = Tensor
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.library.fa4_error_string.restype = ctypes.c_char_p
+
+    def tiles(self) -> list[ForwardTile]:
+        """The tile table."""
+        found: list[ForwardTile] = []
+        while True:
+            tile = ForwardTile()
+            if self.library.fa4_forward_tile_at(len(found), ctypes.byref(tile)) != 0:
+                return found
+            found.append(tile)
+
+    def plan(self, multiprocessors: int = 132, **changes: Any) -> tuple[int, ForwardPlan]:
+        """Status and plan of a dense bf16 call, [2, 1024, 16, 128] unless changed."""
+        sizes: dict[str, Any] = {
+            "element": 1,
+            "batch": 2,
+            "heads_q": 16,
+            "heads_k": changes.get("heads_q", 16),
+            "head_dim": 128,
+            "seq_q": 1024,
+            "seq_k": changes.get("seq_q", 1024),
+            "window_left": -1,
+            "window_right": -1,
+            "scale": 1.0,
+            **changes,
+        }
+        args = ForwardArgs(lse=4096)
+        for name in ("q", "k", "v", "out"):
+            heads = sizes["heads_q" if name in ("q", "out") else "heads_k"]
+            seq = sizes["seq_q" if name in ("q", "out") else "seq_k"]
+            row = heads * sizes["head_dim"]
+            tensor = Tensor(4096, max(seq, 1) * row, row, sizes["head_dim"])
+            setattr(args, name, sizes.pop(name, tensor))
+        for name, value in sizes.items():
+            setattr(args, name, value)
+        plan = ForwardPlan()
+        status = self.library.fa4_plan_forward(
+            ctypes.byref(args), multiprocessors, ctypes.byref(plan)
+        )
+        return status, plan
+
+
+def load_script(path: Path) -> ModuleType:
+    """A file that is no module of the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest(*paths: Path) -> str:
+    """Names a build by what it is made of."""
+    content = hashlib.sha256()
+    for path in sorted(paths):
+        content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def build_kernels() -> ModuleType:
+    """The build script."""
+    return load_script(PACKAGE / "build_kernels.py")
+
+
+@pytest.fixture(scope="session")
+def planner() -> Planner:
+    """plan.cpp alone, by the host compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    sources = [CSRC / name for name in ("plan.cpp", "plan.h", "api.h", "tiles.h", "element.h")]
+    library = CACHE / f"libplan-{digest(*sources)}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([*command, str(CSRC / "plan.cpp"), "-o", str(library)], check=True)
+    return Planner(ctypes.CDLL(str(library)))
+
+
+@pytest.fixture(scope="session")
+def kernels(build_kernels: ModuleType) -> tuple[Path, str]:
+    """The whole library and what the compiler said. Minutes, once per state of the sources."""
+    nvcc = build_kernels.find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    key = digest(*CSRC.glob("*.*"), PACKAGE / "build_kernels.py")
+    library, log = CACHE / f"libfa4_cuda-{key}.so", CACHE / f"libfa4_cuda-{key}.log"
+    if not (library.exists() and log.exists()):
+        text = build_kernels.build(library, nvcc)
+        log.write_text(text)
+    return library, log.read_text()
