@@ -33,7 +33,8 @@ COMPILE_FLAGS = (
     "-O3",
     # Device code calls constexpr functions of the tile table.
     "--expt-relaxed-constexpr",
-    # The "a": wgmma and setmaxnreg exist for this architecture only, and there is no forward-compatible PTX.
+    # The "a": wgmma and setmaxnreg exist for this architecture only. No PTX: it would run on no
+    # other GPU.
     "-gencode=arch=compute_90a,code=sm_90a",
     "-Xptxas=-v",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall",
@@ -133,7 +134,7 @@ def build(output: Path = LIBRARY, *, jobs: int | None = None) -> list[Path]:
 
 
 def is_current() -> bool:
-    """Return whether the library is there and is what `build` would make, as far as is known here."""
+    """Return whether the library is there and, where that can be told, what `build` would make."""
     nvcc = find_nvcc()
     if nvcc is None or not LIBRARY.exists():
         return LIBRARY.exists()
@@ -266,7 +267,9 @@ def main() -> int:
         if kernel.spill_bytes or kernel.stack_bytes:
             print(f"{kernel.spill_bytes} bytes spilled by {kernel.name}")
     size = options.output.stat().st_size / 2**20
-    print(f"{options.output.name}: {size:.1f} MiB, {len(compiled)} of {len(sources())} files compiled")
+    print(
+        f"{options.output.name}: {size:.1f} MiB, {len(compiled)} of {len(sources())} files compiled"
+    )
     print(f"{time.monotonic() - start:6.1f} s  in all")
     return 0
 

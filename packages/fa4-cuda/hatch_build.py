@@ -20,7 +20,7 @@ COMPILER_WHEELS = ("cuda-nvcc", "cuda-runtime", "cuda-crt", "cuda-cccl", "nvvm")
 
 
 class CudaBuildHook(BuildHookInterface[Any]):
-    """Compiles, and tags the wheel for the platform: it needs no certain Python and no certain torch."""
+    """Compiles, and tags the wheel: for this platform, for every Python and every torch."""
 
     PLUGIN_NAME = "custom"
 

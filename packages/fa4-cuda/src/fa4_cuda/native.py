@@ -7,7 +7,6 @@ kernel or raises.
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
