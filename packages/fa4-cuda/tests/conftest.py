@@ -171,14 +171,15 @@ def planner() -> Planner:
 
 
 @pytest.fixture(scope="session")
-def kernels(build_kernels: ModuleType) -> tuple[Path, str]:
-    """The whole library and what the compiler said. Minutes, once per state of the sources."""
-    nvcc = build_kernels.find_nvcc()
-    if nvcc is None:
+def kernels(build_kernels: ModuleType) -> Path:
+    """The library, compiled from what has changed since the last time."""
+    if build_kernels.find_nvcc() is None:
         pytest.skip("needs nvcc")
-    key = digest(*CSRC.glob("*.*"), PACKAGE / "build_kernels.py")
-    library, log = CACHE / f"libfa4_cuda-{key}.so", CACHE / f"libfa4_cuda-{key}.log"
-    if not (library.exists() and log.exists()):
-        text = build_kernels.build(library, nvcc)
-        log.write_text(text)
-    return library, log.read_text()
+    build_kernels.build()
+    return Path(build_kernels.LIBRARY)
+
+
+@pytest.fixture(scope="session")
+def reports(kernels: Path, build_kernels: ModuleType) -> list[Any]:
+    """What ptxas says of every kernel."""
+    return list(build_kernels.reports())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -27,37 +28,35 @@ def find_cuobjdump() -> str | None:
     return str(tool) if tool.exists() else None
 
 
-def test_no_kernel_spills(kernels: tuple[Path, str], build_kernels: ModuleType) -> None:
-    reports = build_kernels.parse_ptxas(kernels[1])
-    spilling = [r for r in reports if r.spill_bytes or r.stack_bytes]
+def test_no_kernel_spills(reports: list[Any]) -> None:
     assert reports
-    assert not spilling
+    assert not [report for report in reports if report.spill_bytes or report.stack_bytes]
 
 
-def test_every_tile_is_compiled_for_both_types(kernels, planner, build_kernels) -> None:
-    names = [r.name for r in build_kernels.parse_ptxas(kernels[1])]
-    forward = [name for name in names if "forward_kernel" in name]
+def test_every_tile_is_compiled_for_both_types(reports: list[Any], planner: Any) -> None:
+    forward = [report for report in reports if "forward_kernel" in report.name]
     assert len(forward) == 2 * len(planner.tiles())
 
 
-def test_register_demand_fits_the_launch(kernels, build_kernels) -> None:
-    # setmaxnreg moves registers between warp groups: at launch they must all fit into 65536.
-    for report in build_kernels.parse_ptxas(kernels[1]):
-        if "forward_kernel" in report.name:
-            assert report.registers in (128, 168)  # 512 and 384 threads
+def test_registers_of_a_thread_block_fit_the_multiprocessor(reports: list[Any]) -> None:
+    # 65536 of them, at launch evenly for 512 or 384 threads; setmaxnreg moves them later.
+    forward = [report for report in reports if "forward_kernel" in report.name]
+    assert {report.registers for report in forward} <= {128, 168}
 
 
-def test_no_serialised_products(kernels) -> None:
+def test_no_serialised_products(kernels: Path, build_kernels: ModuleType) -> None:
     # C7510 to C7520: ptxas had to wait after every wgmma.
-    assert not re.findall(r"C75[12]\d", kernels[1])
+    texts = [file.read_text() for file in build_kernels.BUILD.glob("*.ptxas")]
+    assert any("forward_kernel" in text for text in texts)
+    assert not re.findall(r"C75[12]\d", "".join(texts))
 
 
-def test_products_run_on_wgmma_and_nothing_goes_through_local_memory(kernels) -> None:
+def test_products_run_on_wgmma_and_nothing_goes_through_local_memory(kernels: Path) -> None:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("needs cuobjdump")
     dump = subprocess.run(
-        [cuobjdump, "--dump-sass", str(kernels[0])], capture_output=True, text=True, check=True
+        [cuobjdump, "--dump-sass", str(kernels)], capture_output=True, text=True, check=True
     ).stdout
     functions = dump.split("Function :")[1:]
     forward = [text for text in functions if "forward_kernel" in text.split("\n", 1)[0]]
@@ -68,12 +67,12 @@ def test_products_run_on_wgmma_and_nothing_goes_through_local_memory(kernels) ->
         assert not re.search(r"\b(LDL|STL)\b", text)
 
 
-def test_library_is_small(kernels) -> None:
-    assert kernels[0].stat().st_size < 20 * 2**20
+def test_library_is_small(kernels: Path) -> None:
+    assert kernels.stat().st_size < 20 * 2**20
 
 
-def test_library_loads_and_reports_errors_without_a_gpu(kernels) -> None:
-    library = ctypes.CDLL(str(kernels[0]))
+def test_library_loads_and_reports_errors_without_a_gpu(kernels: Path) -> None:
+    library = ctypes.CDLL(str(kernels))
     library.fa4_error_string.restype = ctypes.c_char_p
     assert library.fa4_abi_version() == 1
     assert b"multiples of 8" in library.fa4_error_string(2)
@@ -97,8 +96,3 @@ def test_report_is_read_off_the_compilers_words(build_kernels: ModuleType) -> No
     (report,) = build_kernels.parse_ptxas(text)
     assert (report.name, report.registers, report.stack_bytes) == ("_Z1kPi", 168, 48)
     assert report.spill_bytes == 184
-
-
-def test_failing_compiler_is_quoted(build_kernels: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(build_kernels.BuildError, match="exit status 1"):
-        build_kernels.build(tmp_path / "library.so", Path("/bin/false"))

@@ -163,6 +163,7 @@ int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
   params.head_dim = args.head_dim;
   params.heads_per_group = args.heads_q / args.heads_k / plan.packed_heads;
   params.packed_heads = plan.packed_heads;
+  params.inverse_packed_heads = 1.f / static_cast<float>(plan.packed_heads);
   params.slab_queries = 64 / plan.packed_heads;
   params.window_left = window.left;
   params.window_right = window.right;

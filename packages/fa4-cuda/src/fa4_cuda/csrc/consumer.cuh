@@ -228,27 +228,18 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
       for (; block >= begin; --block) step(std::true_type{});
     }
 
-    // ---- the last O += P V, together with the first S = Q K^T of the next tile
+    // ---- the last O += P V
     if constexpr (kTile.rescale_under_qk) softmax.rescale_output(o);
-    const uint32_t stored_slab = layout.q_slab(q_at.stage(), warpgroup);
-    q_at.advance();
-    const RingPosition<Layout::kWorkSlots> stored_at = work_at;
-    work_at.advance();
-    work_ring.wait_full(work_at);
-    const Work next = read_work(layout, work_at);
-    const bool more = !next.done();
-
     v_ring.wait_full(v_at);
     wait_turn();
     wgmma_fence();
     issue_output();
     pass_turn();
-    bool output_freed = false;
-    if (skip_last > 0) {
+    const bool skips_last = skip_last > 0;
+    if (skips_last) {
       wgmma_wait<0>();
       pin(o);
       free_v();
-      output_freed = true;
 #pragma unroll 1
       for (int i = 0; i < skip_last; ++i) {
         k_ring.wait_full(k_at);
@@ -259,6 +250,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
         free_v();
       }
     }
+
+    // ---- beside it, the first S = Q K^T of the next tile. The producer names that tile when it has loaded all of this
+    // one: whoever asks must have let go, or still use, every block before.
+    const uint32_t stored_slab = layout.q_slab(q_at.stage(), warpgroup);
+    q_at.advance();
+    const RingPosition<Layout::kWorkSlots> stored_at = work_at;
+    work_at.advance();
+    work_ring.wait_full(work_at);
+    const Work next = read_work(layout, work_at);
+    const bool more = !next.done();
     blocks = Blocks(params, next, warpgroup);
     if (more) {
       wait_q();
@@ -268,14 +269,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
     issue_scores();  // after the last tile this multiplies what happens to lie there, for nobody
     wgmma_wait<1>();
     pin(o);
-    if (!output_freed) free_v();
+    if (!skips_last) free_v();
 
     // ---- O and lse of the finished tile
     const Work stored = read_work(layout, stored_at);
     softmax.total();
     float inverse[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) inverse[r] = 1.f / softmax.row_sum[r];
+    for (int r = 0; r < 2; ++r) inverse[r] = ptx::reciprocal(softmax.row_sum[r]);
     const bool empty_row = softmax.row_sum[0] == 0.f || softmax.row_sum[1] == 0.f;
     if (__any_sync(~0u, empty_row)) {  // a row without keys is zero, whatever P = 0 was multiplied with
 #pragma unroll

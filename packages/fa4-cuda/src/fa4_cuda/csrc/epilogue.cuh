@@ -15,9 +15,8 @@ struct SlabRow {
   bool valid;
 
   __device__ __forceinline__ SlabRow(const ForwardParams& params, const Work& work, int warpgroup, int row) {
-    // row < 64 and packed_heads <= 64: the reciprocal's error is far from the next integer.
-    const int slab_query =
-        params.packed_heads == 1 ? row : static_cast<int>((row + 0.5f) * __frcp_rn(params.packed_heads));
+    // row < 64 and packed_heads <= 64: the reciprocal's error stays far from the next integer.
+    const int slab_query = static_cast<int>((row + 0.5f) * params.inverse_packed_heads);
     query = work.first_query + warpgroup * params.slab_queries + slab_query;
     head = work.head * params.packed_heads + row - slab_query * params.packed_heads;
     valid = slab_query < params.slab_queries && query < work.seq_q;

@@ -39,6 +39,7 @@ struct ForwardParams {
   int head_dim;          // of the tensors: at most the tile's
   int heads_per_group;   // tiles' heads per key head
   int packed_heads;      // query heads in one tile: row i of a slab is query i / packed_heads, head i % packed_heads
+  float inverse_packed_heads;
   int slab_queries;      // queries of a warp group's 64 rows: 64 / packed_heads
   int window_left, window_right;
   float scale;       // magnitude

@@ -167,6 +167,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// 1 / x; infinity for 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats as two 16-bit elements of one register, the first in the low half.
 template <Element kElement>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
