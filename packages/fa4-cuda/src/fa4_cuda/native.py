@@ -7,8 +7,9 @@ kernel or raises.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,13 +45,17 @@ def _letter_of(kind: Any) -> str:
 class NativeOps:
     """The native kernels at one dispatch key, as `flash_attention_registry.sdpa` switches them."""
 
-    def __init__(self, dispatch_key: str = "CUDA") -> None:
+    def __init__(
+        self, dispatch_key: str = "CUDA", library: Callable[[], ctypes.CDLL] = load
+    ) -> None:
         """Nothing is registered yet.
 
         Args:
             dispatch_key: Another than CUDA is for tests, which have no GPU.
+            library: Loads the shared library; likewise.
         """
         self._dispatch_key = dispatch_key
+        self._load = library
         # Any: torch's Library has no annotations.
         self._declined: Any = None
 
@@ -60,7 +65,7 @@ class NativeOps:
         Raises:
             RuntimeError: This torch lacks a function of its stable C interface, or refuses.
         """
-        missing = load().fa4_torch_find()
+        missing = self._load().fa4_torch_find()
         if missing is not None:
             raise RuntimeError(
                 f"torch {torch.__version__} lacks {missing.decode()}, which fa4-cuda calls; "
@@ -73,7 +78,7 @@ class NativeOps:
             for op, route in routes.items():
                 schema = getattr(torch.ops.aten, op).default._schema
                 self._define(op, schema, route)
-                result = load().fa4_torch_put_in(
+                result = self._load().fa4_torch_put_in(
                     self._dispatch_key.encode(), op.encode(), signature_of(schema).encode()
                 )
                 if result < 0:
@@ -85,22 +90,22 @@ class NativeOps:
 
     def switch(self, on: bool) -> None:
         """Serve calls from now on, or none."""
-        load().fa4_torch_switch(on)
+        self._load().fa4_torch_switch(on)
 
     def served(self, op: str) -> int:
         """How many calls of `op` were served since the process started."""
-        return int(load().fa4_torch_served(op.encode()))
+        return int(self._load().fa4_torch_served(op.encode()))
 
     def take_out(self) -> None:
         """Take the native kernels out of the dispatcher, and the operators that they went on to."""
-        load().fa4_torch_take_out()
+        self._load().fa4_torch_take_out()
         if self._declined is not None:
             self._declined._destroy()
             self._declined = None
 
     def _define(self, op: str, schema: torch.FunctionSchema, route: Route) -> None:
         definition = str(schema).removeprefix("aten::")
-        kernel = _declined_kernel(route, len(schema.returns))
+        kernel = _declined_kernel(route, len(schema.returns), self._load())
         if "SymInt max_q," in definition.rpartition("->")[2]:
             # One result more, for the reason that dispatch.cpp tells.
             definition = definition[:-1] + ", Tensor)"
@@ -116,7 +121,7 @@ NATIVE: NativeKernels = NativeOps()
 """Those of this process at the CUDA key."""
 
 
-def _declined_kernel(route: Route, results: int) -> Any:
+def _declined_kernel(route: Route, results: int, library: ctypes.CDLL) -> Any:
     """What runs a declined call: the router, whose error is handed to the native kernel below."""
     nothing: Any = None if results == 1 else (None,) * results
 
@@ -124,7 +129,7 @@ def _declined_kernel(route: Route, results: int) -> Any:
         try:
             return route(keyset, *args, **kwargs)
         except BaseException as error:
-            _leave(error)
+            _leave(error, library)
         return nothing
 
     return declined
@@ -137,7 +142,7 @@ def _with_one_more_result(kernel: Any) -> Any:
 _raised: set[type[BaseException]] = set()
 
 
-def _leave(error: BaseException) -> None:
+def _leave(error: BaseException, library: ctypes.CDLL) -> None:
     """Let the native kernel that this is called from raise an exception of this type and text."""
     kind, text = type(error), str(error)
     try:
@@ -145,7 +150,7 @@ def _leave(error: BaseException) -> None:
     except Exception:  # it is made of more than a text
         kind, text = RuntimeError, f"{kind.__name__}: {text}"
     _raised.add(kind)  # which keeps it alive
-    load().fa4_torch_raise(id(kind), text.encode(errors="replace"))
+    library.fa4_torch_raise(id(kind), text.encode(errors="replace"))
 
 
 class _SilentOverride:

@@ -37,4 +37,14 @@ const Device* device_at(int32_t index) {
   return entry.is_served ? &entry.device : nullptr;
 }
 
+OnDevice::OnDevice(int32_t index) {
+  int32_t current = -1;
+  is_current_ = (libtorch.aoti_torch_get_current_device_index(&current) == 0 && current == index) ||
+                libtorch.aoti_torch_create_device_guard(index, &guard_) == 0;
+}
+
+OnDevice::~OnDevice() {
+  if (guard_ != nullptr) libtorch.aoti_torch_delete_device_guard(guard_);
+}
+
 }  // namespace fa4::glue

@@ -15,17 +15,8 @@ const Device* device_at(int32_t index);
 // Makes a device the current one while it lives, if it is not yet.
 class OnDevice {
  public:
-  explicit OnDevice(int32_t index) {
-    int32_t current = -1;
-    if (libtorch.aoti_torch_get_current_device_index(&current) == 0 && current == index) {
-      is_current_ = true;
-    } else {
-      is_current_ = libtorch.aoti_torch_create_device_guard(index, &guard_) == 0;
-    }
-  }
-  ~OnDevice() {
-    if (guard_ != nullptr) libtorch.aoti_torch_delete_device_guard(guard_);
-  }
+  explicit OnDevice(int32_t index);
+  ~OnDevice();
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
   explicit operator bool() const { return is_current_; }
