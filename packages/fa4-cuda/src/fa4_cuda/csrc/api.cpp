@@ -17,8 +17,8 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result) !=
-            cudaSuccess ||
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                         &result) != cudaSuccess ||
         result != cudaDriverEntryPointSuccess) {
       entry = nullptr;
     }
@@ -27,25 +27,17 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// What the copy engine moves at a time: rows of one panel (wgmma.cuh).
-struct Box {
-  int columns, swizzle_bytes;
-};
-
-Box box_of(int tile_head_dim) { return tile_head_dim % 64 == 0 ? Box{64, 128} : Box{32, 64}; }
-
-// A tensor as the copy engine sees it, columns first. Columns beyond head_dim and rows beyond the last are read as zeros
-// and not written.
+// A tensor as the copy engine sees it, columns first. Columns beyond head_dim and rows beyond the
+// last are read as zeros.
 struct TensorMapBuilder {
   Element element;
-  Box box;
   int head_dim;
 
   template <int kRank>
-  int encode(CUtensorMap* map, void* data, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank],
-             const int (&boxes)[kRank]) const {
+  int encode(CUtensorMap* map, void* data, const int64_t (&sizes)[kRank],
+             const int64_t (&strides)[kRank], const int (&boxes)[kRank]) const {
     cuuint64_t dims[kRank + 1] = {static_cast<cuuint64_t>(head_dim)}, stride_bytes[kRank];
-    cuuint32_t box_dims[kRank + 1] = {static_cast<cuuint32_t>(box.columns)}, steps[kRank + 1] = {1};
+    cuuint32_t box_dims[kRank + 1] = {kPanelColumns}, steps[kRank + 1] = {1};
     for (int i = 0; i < kRank; ++i) {
       dims[i + 1] = sizes[i];
       // A dimension of size one has whatever stride torch gave it.
@@ -53,11 +45,13 @@ struct TensorMapBuilder {
       box_dims[i + 1] = boxes[i];
       steps[i + 1] = 1;
     }
-    const CUresult result = encode_tiled()(
-        map, element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank + 1,
-        data, dims, stride_bytes, box_dims, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box.swizzle_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode_tiled()(map,
+                       element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                       kRank + 1, data, dims, stride_bytes, box_dims, steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? FA4_OK : FA4_UNSUPPORTED_STRIDE;
   }
 };
@@ -69,24 +63,24 @@ TensorView view_of(const fa4_tensor& tensor, bool packed) {
 int make_tensor_maps(ForwardParams& params, const fa4_forward_args& args, const ForwardTile& tile,
                      int packed_heads) {
   const bool packed = args.cu_seqlens_q != nullptr;
-  const TensorMapBuilder builder{static_cast<Element>(args.element), box_of(tile.head_dim), args.head_dim};
+  const TensorMapBuilder builder{static_cast<Element>(args.element), args.head_dim};
   const int64_t batch = packed ? 1 : args.batch;
-  const auto row_map = [&](CUtensorMap* map, const fa4_tensor& tensor) {
-    const int64_t heads = args.heads_q / packed_heads;
-    return builder.encode<4>(
-        map, tensor.data, {packed_heads, packed ? args.total_q : args.seq_q, heads, batch},
-        {tensor.stride_head, tensor.stride_seq, tensor.stride_head * packed_heads, tensor.stride_batch},
-        {packed_heads, params.slab_queries, 1, 1});
-  };
-  // Without keys there is no tensor of them, but a tile reads a block all the same: anything will do, it is all masked.
+  // Without keys there is no tensor of them, but a tile reads a block all the same: anything will
+  // do, it is all masked.
   const int64_t keys = packed ? args.total_k : args.seq_k;
   const auto key_map = [&](CUtensorMap* map, const fa4_tensor& tensor) {
-    if (keys == 0) return builder.encode<3>(map, args.q.data, {1, 1, 1}, {0, 0, 0}, {tile.block_n, 1, 1});
+    if (keys == 0)
+      return builder.encode<3>(map, args.q.data, {1, 1, 1}, {0, 0, 0}, {tile.block_n, 1, 1});
     return builder.encode<3>(map, tensor.data, {keys, args.heads_k, batch},
-                             {tensor.stride_seq, tensor.stride_head, tensor.stride_batch}, {tile.block_n, 1, 1});
+                             {tensor.stride_seq, tensor.stride_head, tensor.stride_batch},
+                             {tile.block_n, 1, 1});
   };
-  int status = row_map(&params.q_map, args.q);
-  if (status == FA4_OK) status = row_map(&params.out_map, args.out);
+  const int64_t heads = args.heads_q / packed_heads;
+  int status = builder.encode<4>(&params.q_map, args.q.data,
+                                 {packed_heads, packed ? args.total_q : args.seq_q, heads, batch},
+                                 {args.q.stride_head, args.q.stride_seq,
+                                  args.q.stride_head * packed_heads, args.q.stride_batch},
+                                 {packed_heads, params.slab_queries, 1, 1});
   if (status == FA4_OK) status = key_map(&params.k_map, args.k);
   if (status == FA4_OK) status = key_map(&params.v_map, args.v);
   return status;
@@ -115,10 +109,13 @@ struct Device {
     int number = 0, major = 0, minor = 0;
     cudaError_t error = cudaGetDevice(&number);
     if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number);
+      error =
+          cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number);
     }
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
     device.capability = 10 * major + minor;
     return error;
   }
@@ -137,7 +134,8 @@ int plan_for_device(const fa4_forward_args& args, fa4_forward_plan& plan) {
 int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
   if (plan.tiles == 0) return FA4_OK;
   if (plan.workspace_bytes > 0 &&
-      (args.workspace == nullptr || args.workspace_bytes < static_cast<size_t>(plan.workspace_bytes))) {
+      (args.workspace == nullptr ||
+       args.workspace_bytes < static_cast<size_t>(plan.workspace_bytes))) {
     return FA4_WORKSPACE_TOO_SMALL;
   }
   if (encode_tiled() == nullptr) return FA4_DRIVER_WITHOUT_TENSOR_MAP;
@@ -169,7 +167,8 @@ int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
   params.window_right = window.right;
   params.scale = std::fabs(args.scale);
   params.negate_q = args.scale < 0;
-  // Zero would make NaN of a masked -inf. The smallest normal number makes the same weights of every finite score.
+  // Zero would make NaN of a masked -inf. The smallest normal number makes the same weights of
+  // every finite score.
   constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
   params.scale_log2 = params.scale * kLog2E < kSmallest ? kSmallest : params.scale * kLog2E;
   params.empty_lse = args.empty_lse;

@@ -1,8 +1,11 @@
 // A consumer warp group: 64 rows of the tile, from scores to O.
 //
-// In a steady step the products S = Q K(n)^T and O += P V(n + 1) are in flight together, and the softmax of S runs while
-// the other warp groups' products do. A tile's last product runs together with the first of the next tile.
+// In a steady step the products S = Q K(n)^T and O += P V(n + 1) are in flight together, and the
+// softmax of S runs while the other warp groups' products do. A tile's last product runs together
+// with the first of the next tile.
 #pragma once
+
+#include <type_traits>
 
 #include "epilogue.cuh"
 #include "mask.cuh"
@@ -10,18 +13,17 @@
 #include "scheduler.cuh"
 #include "softmax.cuh"
 
-#include <type_traits>
-
 namespace fa4 {
 
-// The blocks of a warp group's rows, within those of the tile: the producer loads the latter, so what a warp group does
-// not need it lets go unread.
+// The blocks of a warp group's rows, within those of the tile: the producer loads the latter, so
+// what a warp group does not need it lets go unread.
 template <ForwardTile const& kTile>
 struct ConsumerBlocks {
   int begin, end, clean_begin, clean_end;
   int skip_first, skip_last;  // in the order of work, from the last block to the first
 
-  __device__ __forceinline__ ConsumerBlocks(const ForwardParams& params, const Work& work, int warpgroup) {
+  __device__ __forceinline__ ConsumerBlocks(const ForwardParams& params, const Work& work,
+                                            int warpgroup) {
     using Range = BlockRange<kTile.mask, kTile.block_n>;
     const int tile_last = min(work.first_query + params.schedule.tile_queries, work.seq_q) - 1;
     const Range tile(params, work, work.first_query, tile_last);
@@ -33,7 +35,8 @@ struct ConsumerBlocks {
       end = tile.end;
       begin = end - 1;
     } else {
-      // Skipping more first blocks than there are stages would wait for blocks whose room is not free yet.
+      // Skipping more first blocks than there are stages would wait for blocks whose room is not
+      // free yet.
       end = max(max(min(mine.end, tile.end), tile.begin + 1), tile.end - (kTile.kv_stages - 1));
       begin = max(min(mine.begin, end - 1), tile.begin);
     }
@@ -43,12 +46,11 @@ struct ConsumerBlocks {
 };
 
 template <int kTileIndex, Element kElement>
-__device__ __forceinline__ void consume(const ForwardParams& params, const SharedLayout<kTileIndex>& layout,
-                                        int warpgroup) {
+__device__ __forceinline__ void consume(const ForwardParams& params,
+                                        const SharedLayout<kTileIndex>& layout, int warpgroup) {
   using Layout = SharedLayout<kTileIndex>;
   static constexpr ForwardTile kTile = Layout::kTile;
   constexpr int kHeadDim = kTile.head_dim, kBlockN = kTile.block_n;
-  using P = Panel<kHeadDim>;
   using Blocks = ConsumerBlocks<kForwardTiles[kTileIndex]>;
 
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
@@ -68,21 +70,23 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
   uint32_t q_registers[kTile.q_in_registers ? kHeadDim / 4 : 1];
   OnlineSoftmax<kBlockN> softmax;
 
-  const uint64_t q_descriptor = matrix_descriptor<P>(layout.q_slab(0, warpgroup), 16);
-  const uint64_t k_descriptor = matrix_descriptor<P>(layout.k, 16);
-  const uint64_t v_descriptor = matrix_descriptor<P>(layout.v, P::bytes(kBlockN));
+  const uint64_t q_descriptor = matrix_descriptor(layout.q_slab(0, warpgroup), 16);
+  const uint64_t k_descriptor = matrix_descriptor(layout.k, 16);
+  const uint64_t v_descriptor = matrix_descriptor(layout.v, panel_bytes(kBlockN));
 
   const auto issue_scores = [&] {
     const uint64_t k = k_descriptor + k_at.stage() * (kTile.kv_bytes() >> 4);
     if constexpr (kTile.q_in_registers) {
       issue_qk<kElement, kHeadDim, kBlockN>(s, q_registers, k);
     } else {
-      issue_qk<kElement, kHeadDim, kBlockN>(s, q_descriptor + q_at.stage() * (kTile.q_bytes() >> 4), k);
+      issue_qk<kElement, kHeadDim, kBlockN>(s, q_descriptor + q_at.stage() * (kTile.q_bytes() >> 4),
+                                            k);
     }
     wgmma_commit();
   };
   const auto issue_output = [&] {
-    issue_pv<kElement, kHeadDim, kBlockN>(o, p, v_descriptor + v_at.stage() * (kTile.kv_bytes() >> 4));
+    issue_pv<kElement, kHeadDim, kBlockN>(o, p,
+                                          v_descriptor + v_at.stage() * (kTile.kv_bytes() >> 4));
     wgmma_commit();
   };
   const auto free_k = [&] {
@@ -94,7 +98,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
     v_at.advance();
   };
 
-  // Turns: a warp group issues its products between wait_turn and pass_turn, one turn a block of the tile.
+  // Turns: a warp group issues its products between wait_turn and pass_turn, one turn a block of
+  // the tile.
   const int my_turn = kTurnBarrier + warpgroup;
   const int next_turn = kTurnBarrier + (warpgroup + 1 == kTile.warpgroups ? 0 : warpgroup + 1);
   const auto wait_turn = [&] {
@@ -103,7 +108,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
   const auto pass_turn = [&] {
     if constexpr (kTile.ping_pong) ptx::named_barrier_arrive(next_turn, 256);
   };
-  if (kTile.ping_pong && warpgroup == kTile.warpgroups - 1) pass_turn();  // the first turn is the first group's
+  if (kTile.ping_pong && warpgroup == kTile.warpgroups - 1)
+    pass_turn();  // the first turn is the first group's
 
   // Q of the tile at q_at, ready to be multiplied.
   const auto wait_q = [&] {
@@ -117,9 +123,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
         ptx::store_shared(slab + 16 * i, eight);
       }
       ptx::fence_proxy_async();
-      ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
+      ptx::named_barrier_sync(kSlabBarrier + warpgroup, 128);
     }
-    if constexpr (kTile.q_in_registers) load_a_fragments<kHeadDim>(q_registers, slab, warp, lane);
+    if constexpr (kTile.q_in_registers) {
+      load_a_fragments<kHeadDim>(q_registers, slab, warp, lane);
+      __syncwarp();
+      ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
+    }
   };
   // K of the first block that matters, past those that do not.
   const auto wait_first_k = [&](int skip) {
@@ -141,14 +151,10 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
   wait_first_k(blocks.skip_first);
   wgmma_fence();
   issue_scores();
-  wgmma_wait<0>();
-  pin(s);
-  free_k();
 
-  bool storing = false;  // the other Q stage holds an O tile on its way out
 #pragma unroll 1
   while (true) {
-    // ---- the first block: its scores are in s
+    // ---- the first block: its scores are on their way to s
     const Work work = read_work(layout, work_at);
     int key_begin[2], key_end[2];
 #pragma unroll
@@ -163,24 +169,24 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
     };
     const int begin = blocks.begin, clean_begin = blocks.clean_begin, clean_end = blocks.clean_end;
     const int skip_first = blocks.skip_first, skip_last = blocks.skip_last;
+    const auto free_q_after = [&](int block) {
+      if (!kTile.q_in_registers)
+        ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0 && block == begin);
+    };
     int block = blocks.end - 1;
 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
     softmax.reset();
-    mask(block);
+    wgmma_wait<0>();
+    pin(s);
+    free_k();
+    if (block >= clean_end || block < clean_begin) mask(block);
     softmax.template update<true>(s, scale_log2);
     to_operand<kElement, kBlockN>(p, s);
     softmax.rescale[0] = softmax.rescale[1] = 1.f;  // O is zero
 
-    if constexpr (kTile.q_stages == 2) {
-      if (storing && thread == 0) {  // the previous O tile has long been read
-        ptx::bulk_wait_read();
-        ptx::mbarrier_arrive(q_ring.empty + 8 * (q_at.stage() ^ 1));
-      }
-    } else if (block == begin) {
-      ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
-    }
+    free_q_after(block);
     if constexpr (kTile.mask != Mask::kFull) {
 #pragma unroll 1
       for (int i = 0; i < skip_first; ++i) {
@@ -206,7 +212,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
       wgmma_wait<1>();
       pin(s);
       free_k();
-      if (kTile.q_stages == 1) ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0 && block == begin);
+      free_q_after(block);
       if constexpr (kMasked) mask(block);
       softmax.template update<kMasked>(s, scale_log2);
       wgmma_wait<0>();
@@ -228,13 +234,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
       for (; block >= begin; --block) step(std::true_type{});
     }
 
-    // ---- the last O += P V
+    // ---- the last O += P V, and beside it the first S = Q K^T of the next tile
     if constexpr (kTile.rescale_under_qk) softmax.rescale_output(o);
     v_ring.wait_full(v_at);
     wait_turn();
     wgmma_fence();
     issue_output();
-    pass_turn();
+    pass_turn();  // the others need not wait until the next tile is known and its Q has come
     const bool skips_last = skip_last > 0;
     if (skips_last) {
       wgmma_wait<0>();
@@ -250,12 +256,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
         free_v();
       }
     }
-
-    // ---- beside it, the first S = Q K^T of the next tile. The producer names that tile when it has loaded all of this
-    // one: whoever asks must have let go, or still use, every block before.
-    const uint32_t stored_slab = layout.q_slab(q_at.stage(), warpgroup);
+    // The producer names the next tile when it has loaded all of this one: whoever asks must have
+    // let go, or be using, every block before the last.
     q_at.advance();
-    const RingPosition<Layout::kWorkSlots> stored_at = work_at;
     work_at.advance();
     work_ring.wait_full(work_at);
     const Work next = read_work(layout, work_at);
@@ -272,13 +275,15 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
     if (!skips_last) free_v();
 
     // ---- O and lse of the finished tile
+    const auto stored_at = work_at.previous();
     const Work stored = read_work(layout, stored_at);
     softmax.total();
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) inverse[r] = ptx::reciprocal(softmax.row_sum[r]);
     const bool empty_row = softmax.row_sum[0] == 0.f || softmax.row_sum[1] == 0.f;
-    if (__any_sync(~0u, empty_row)) {  // a row without keys is zero, whatever P = 0 was multiplied with
+    if (__any_sync(~0u,
+                   empty_row)) {  // a row without keys is zero, whatever P = 0 was multiplied with
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) {
         if (softmax.row_sum[(i >> 1) & 1] == 0.f) o[i] = 0.f;
@@ -291,63 +296,35 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Share
     for (int i = 0; i < kHeadDim / 4; ++i) {
       output[i] = ptx::pack<kElement>(o[2 * i] * inverse[i & 1], o[2 * i + 1] * inverse[i & 1]);
     }
-    const SlabRow rows[2] = {SlabRow(params, stored, warpgroup, row), SlabRow(params, stored, warpgroup, row + 8)};
+    const SlabRow rows[2] = {SlabRow(params, stored, warpgroup, row),
+                             SlabRow(params, stored, warpgroup, row + 8)};
 
-    // Blocks that hold keys which nobody or not everybody sees: masked ones, and, where the next sequence follows in
-    // memory or the cache is longer than it is full, the last.
-    const bool unseen_keys = kTile.mask != Mask::kFull || params.cu_seqlens_k != nullptr || params.seqused_k != nullptr;
-    bool again = false;
+    // Blocks that hold keys which nobody or not everybody sees: masked ones, and, where the next
+    // sequence follows in memory or the cache is longer than it is full, the last.
+    const bool unseen_keys =
+        kTile.mask != Mask::kFull || params.cu_seqlens_k != nullptr || params.seqused_k != nullptr;
+    store_registers<kHeadDim>(params, stored, rows, output, lane);
     if (unseen_keys) {
-      again = has_nan<kElement, kHeadDim>(output, 0) || has_nan<kElement, kHeadDim>(output, 1);
-    }
-    // The copy engine clips at the tensor's end, not at a packed sequence's.
-    const bool past_end = stored.first_query + (warpgroup + 1) * params.slab_queries > stored.seq_q;
-    bool through_shared = kTile.q_stages == 2 && !(params.cu_seqlens_q != nullptr && past_end);
-    if constexpr (kTile.q_stages == 2) {
-      if (through_shared) {
-        stage_output<kHeadDim>(stored_slab, output, warp, lane);
-        ptx::fence_proxy_async();
-      }
-      // Also: every warp has read its Q. Rows that are computed again must not race with the copy engine.
-      again = ptx::named_barrier_any(kStoreBarrier + warpgroup, 128, again);
-      through_shared = through_shared && !again;
-      if (through_shared && thread == 0) {
-#pragma unroll
-        for (int c = 0; c < P::kCount; ++c) {
-          ptx::tma_store_5d(&params.out_map, stored_slab + c * P::bytes(64), c * P::kColumns, 0,
-                            stored.q_start + stored.first_query + warpgroup * params.slab_queries, stored.head,
-                            stored.batch);
-        }
-        ptx::bulk_commit();
-      }
-      storing = true;
-    } else {
-      again = __any_sync(~0u, again);
-    }
-    if (!through_shared) store_registers<kHeadDim>(params, stored, rows, output, lane);
-    if (again) {
-      recompute_nan_rows<kElement, kTile.mask, kHeadDim>(params, stored, warpgroup, warp, lane, rows, output,
-                                                         softmax.row_max, softmax.row_sum);
+      recompute_nan_rows<kElement, kTile.mask, kHeadDim>(
+          params, stored, warpgroup, warp, lane, rows, output, softmax.row_max, softmax.row_sum);
     }
     if ((lane & 3) == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float lse = softmax.row_sum[r] == 0.f ? params.empty_lse
-                                                    : softmax.row_max[r] * params.scale + __logf(softmax.row_sum[r]);
+        const float lse = softmax.row_sum[r] == 0.f
+                              ? params.empty_lse
+                              : softmax.row_max[r] * params.scale + __logf(softmax.row_sum[r]);
         if (rows[r].valid) {
-          params.lse[stored.batch * params.lse_stride_batch + rows[r].head * params.lse_stride_head + stored.q_start +
-                     rows[r].query] = lse;
+          params.lse[stored.batch * params.lse_stride_batch +
+                     rows[r].head * params.lse_stride_head + stored.q_start + rows[r].query] = lse;
         }
       }
     }
     __syncwarp();
     ptx::mbarrier_arrive_if(work_ring.empty_barrier(stored_at), lane == 0);
-    wgmma_wait<0>();
-    pin(s);
     if (!more) break;
-    free_k();
   }
-  if (kTile.q_stages == 2 && thread == 0) ptx::bulk_wait();
+  wgmma_wait<0>();
 }
 
 }  // namespace fa4

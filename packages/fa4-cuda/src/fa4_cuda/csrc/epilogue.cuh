@@ -8,13 +8,15 @@
 
 namespace fa4 {
 
-// Rows of a warp group's slab: query heads that share their keys may be packed, row by row, into one slab.
+// Rows of a warp group's slab: query heads that share their keys may be packed, row by row, into
+// one slab.
 struct SlabRow {
   int query;  // within the sequence
   int head;   // within the query heads
   bool valid;
 
-  __device__ __forceinline__ SlabRow(const ForwardParams& params, const Work& work, int warpgroup, int row) {
+  __device__ __forceinline__ SlabRow(const ForwardParams& params, const Work& work, int warpgroup,
+                                     int row) {
     // row < 64 and packed_heads <= 64: the reciprocal's error stays far from the next integer.
     const int slab_query = static_cast<int>((row + 0.5f) * params.inverse_packed_heads);
     query = work.first_query + warpgroup * params.slab_queries + slab_query;
@@ -25,11 +27,13 @@ struct SlabRow {
   template <class T>
   __device__ __forceinline__ T* data(const TensorView& tensor, const Work& work) const {
     return static_cast<T*>(tensor.data) + work.batch * tensor.stride_batch +
-           static_cast<int64_t>(work.q_start + query) * tensor.stride_seq + head * tensor.stride_head;
+           static_cast<int64_t>(work.q_start + query) * tensor.stride_seq +
+           head * tensor.stride_head;
   }
 };
 
-// Exchanges four registers among the four lanes of a quad: afterwards r[i] is what lane i had in r[own lane].
+// Exchanges four registers among the four lanes of a quad: afterwards r[i] is what lane i had in
+// r[own lane].
 __device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int lane) {
   const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
@@ -46,16 +50,18 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int lane) {
   }
 }
 
-// A thread's part of the O tile as 16-bit pairs: output[2 * g + r] are two columns of its row r within columns 8 g to
-// 8 g + 7.
+// A thread's part of the O tile as 16-bit pairs: output[2 * g + r] are two columns of its row r
+// within columns 8 g to 8 g + 7.
 template <int kHeadDim>
 using PackedOutput = uint32_t[kHeadDim / 4];
 
-// Straight from registers, rows and columns clipped: 16 bytes a lane, 64 of each row together.
+// Straight from registers, 16 bytes a lane, 64 of each row together; rows and columns are clipped.
+// Through shared memory and the copy engine O takes fewer instructions, but a fence, a barrier and
+// the room of a second Q: 3 to 6% slower at S = 1024.
 template <int kHeadDim>
 __device__ __forceinline__ void store_registers(const ForwardParams& params, const Work& work,
-                                                const SlabRow (&rows)[2], const PackedOutput<kHeadDim>& output,
-                                                int lane) {
+                                                const SlabRow (&rows)[2],
+                                                const PackedOutput<kHeadDim>& output, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint16_t* row = rows[r].data<uint16_t>(params.out, work);
@@ -73,19 +79,6 @@ __device__ __forceinline__ void store_registers(const ForwardParams& params, con
   }
 }
 
-// Into shared memory, where the copy engine takes it.
-template <int kHeadDim>
-__device__ __forceinline__ void stage_output(uint32_t slab, const PackedOutput<kHeadDim>& output, int warp, int lane) {
-  using P = Panel<kHeadDim>;
-  const int matrix = lane >> 3, row = warp * 16 + (matrix & 1) * 8 + (lane & 7);
-#pragma unroll
-  for (int g = 0; g < kHeadDim / 16; ++g) {
-    constexpr int kSteps = P::kColumns / 16;
-    ptx::stmatrix_x4(P::address(slab + g / kSteps * P::bytes(64), row, g % kSteps * 2 + (matrix >> 1)),
-                     output[4 * g], output[4 * g + 1], output[4 * g + 2], output[4 * g + 3]);
-  }
-}
-
 template <Element kElement>
 __device__ __forceinline__ float to_float(uint16_t bits) {
   float value;
@@ -99,15 +92,17 @@ __device__ __forceinline__ float to_float(uint16_t bits) {
 
 // One row of O from the keys that it sees and nothing else, by a whole warp.
 template <Element kElement, Mask kMask, int kHeadDim>
-__device__ __forceinline__ void recompute_row(const ForwardParams& params, const Work& work, const SlabRow& row,
-                                              float row_max, float row_sum, int lane) {
+__device__ __forceinline__ void recompute_row(const ForwardParams& params, const Work& work,
+                                              const SlabRow& row, float row_max, float row_sum,
+                                              int lane) {
   constexpr int kColumns = kHeadDim / 32;
   const VisibleKeys<kMask> keys(params, work, row.query);
   const int64_t key_head = work.head / params.heads_per_group;
   const auto* q = row.data<const uint16_t>(params.q, work);
   const auto key_row = [&](const TensorView& tensor, int key) {
     return static_cast<const uint16_t*>(tensor.data) + work.batch * tensor.stride_batch +
-           static_cast<int64_t>(work.k_start + key) * tensor.stride_seq + key_head * tensor.stride_head;
+           static_cast<int64_t>(work.k_start + key) * tensor.stride_seq +
+           key_head * tensor.stride_head;
   };
   const float scale_log2 = params.negate_q ? -params.scale_log2 : params.scale_log2;
   float sum[kColumns] = {};
@@ -118,7 +113,8 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
       const uint16_t* k = key_row(params.k, first + lane);
       float s = 0.f;
 #pragma unroll 1
-      for (int d = 0; d < params.head_dim; ++d) s = fmaf(to_float<kElement>(q[d]), to_float<kElement>(k[d]), s);
+      for (int d = 0; d < params.head_dim; ++d)
+        s = fmaf(to_float<kElement>(q[d]), to_float<kElement>(k[d]), s);
       p = ptx::exp2(fmaf(s, scale_log2, -row_max * params.scale_log2));
     }
 #pragma unroll 1
@@ -127,7 +123,8 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
       const float weight = __shfl_sync(~0u, p, i);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        if (c * 32 + lane < params.head_dim) sum[c] = fmaf(weight, to_float<kElement>(v[c * 32 + lane]), sum[c]);
+        if (c * 32 + lane < params.head_dim)
+          sum[c] = fmaf(weight, to_float<kElement>(v[c * 32 + lane]), sum[c]);
       }
     }
   }
@@ -153,17 +150,22 @@ __device__ __forceinline__ bool has_nan(const PackedOutput<kHeadDim>& output, in
 
 // Writes rows with a NaN again.
 //
-// A tile multiplies whole blocks of V, masked keys with P = 0. Where such a V is Inf or NaN, the row becomes NaN though
-// it does not see it. Nothing short of reading all of V can tell before, and it happens to nobody without Inf or NaN in
-// V: so rows that came out NaN are computed again, slowly. Rows that see a NaN come out NaN again.
+// A tile multiplies whole blocks of V, masked keys with P = 0. Where such a V is Inf or NaN, the
+// row becomes NaN though it does not see it. Nothing short of reading all of V can tell before, and
+// it happens to nobody without Inf or NaN in V: so rows that came out NaN are computed again,
+// slowly. Rows that see a NaN come out NaN again.
+//
 template <Element kElement, Mask kMask, int kHeadDim>
-__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const Work& work, int warpgroup,
-                                                   int warp, int lane, const SlabRow (&rows)[2],
-                                                   const PackedOutput<kHeadDim>& output, const float (&row_max)[2],
+__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const Work& work,
+                                                   int warpgroup, int warp, int lane,
+                                                   const SlabRow (&rows)[2],
+                                                   const PackedOutput<kHeadDim>& output,
+                                                   const float (&row_max)[2],
                                                    const float (&row_sum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // A row whose sum is NaN saw a NaN or Inf in Q or K: it stays. A row without keys is zero already.
+    // A row whose sum is NaN saw a NaN or Inf in Q or K: it stays. A row without keys is zero
+    // already.
     const bool again = rows[r].valid && row_sum[r] > 0.f && has_nan<kElement, kHeadDim>(output, r);
     uint32_t quads = __ballot_sync(~0u, again);
     __syncwarp();

@@ -1,4 +1,5 @@
-// The forward kernel: one producer warp group, two or three consumers, as many thread blocks as multiprocessors.
+// The forward kernel: one producer warp group, two or three consumers, as many thread blocks as
+// multiprocessors.
 #pragma once
 
 #include "consumer.cuh"

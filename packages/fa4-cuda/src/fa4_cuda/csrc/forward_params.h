@@ -6,8 +6,8 @@
 
 namespace fa4 {
 
-// A tensor [batch, seq, heads, head_dim] in memory; strides in elements, the last one is 1. Packed sequences
-// ([total, heads, head_dim]) have no batch stride.
+// A tensor [batch, seq, heads, head_dim] in memory; strides in elements, the last one is 1. Packed
+// sequences ([total, heads, head_dim]) have no batch stride.
 struct TensorView {
   void* data;
   int64_t stride_batch;
@@ -15,8 +15,8 @@ struct TensorView {
   int64_t stride_head;
 };
 
-// The order in which tiles are handed out (scheduler.cuh). "Heads" are query heads, or key heads where the query heads
-// of a group are packed into one tile.
+// The order in which tiles are handed out (scheduler.cuh). "Heads" are query heads, or key heads
+// where the query heads of a group are packed into one tile.
 struct Schedule {
   int tiles;         // of the launch; 0 if sequences are packed: the table knows
   int tile_queries;  // query rows a tile covers
@@ -24,11 +24,12 @@ struct Schedule {
   int sequences;
   int section_keys;  // keys, of all heads worked on side by side, whose K and V are to stay in L2
   int dynamic;       // tiles are drawn from a counter, not dealt out
-  int* state;        // counter, and for packed sequences the table of prepare_packed; null if neither is needed
+  int* state;  // counter, and for packed sequences the table of prepare_packed; null if neither is
+               // needed
 };
 
 struct ForwardParams {
-  CUtensorMap q_map, k_map, v_map, out_map;
+  CUtensorMap q_map, k_map, v_map;
   TensorView q, k, v, out;
   float* lse;
   int64_t lse_stride_batch, lse_stride_head;
@@ -38,9 +39,10 @@ struct ForwardParams {
   int seq_q, seq_k;      // of every sequence, if dense
   int head_dim;          // of the tensors: at most the tile's
   int heads_per_group;   // tiles' heads per key head
-  int packed_heads;      // query heads in one tile: row i of a slab is query i / packed_heads, head i % packed_heads
+  int packed_heads;  // query heads in one tile: row i of a slab is query i / packed_heads, head i %
+                     // packed_heads
   float inverse_packed_heads;
-  int slab_queries;      // queries of a warp group's 64 rows: 64 / packed_heads
+  int slab_queries;  // queries of a warp group's 64 rows: 64 / packed_heads
   int window_left, window_right;
   float scale;       // magnitude
   float scale_log2;  // scale * log2(e), never zero

@@ -13,15 +13,16 @@ cudaError_t launch_forward(const ForwardParams& params, int grid, cudaStream_t s
   constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
   const auto kernel = forward_kernel<kTileIndex, kElement>;
   // Once per device would do; it takes less time than remembering which devices were seen.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile.shared_bytes());
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           kTile.shared_bytes());
   if (error != cudaSuccess) return error;
   kernel<<<grid, kTile.threads(), kTile.shared_bytes(), stream>>>(params);
   return cudaGetLastError();
 }
 
 template <int kHeadDim, int... kTileIndices>
-ForwardLauncher find_launcher(int tile, Element element, std::integer_sequence<int, kTileIndices...>) {
+ForwardLauncher find_launcher(int tile, Element element,
+                              std::integer_sequence<int, kTileIndices...>) {
   ForwardLauncher found = nullptr;
   const auto consider = [&]<int kTileIndex>() {
     if constexpr (kForwardTiles[kTileIndex].head_dim == kHeadDim) {
@@ -37,7 +38,8 @@ ForwardLauncher find_launcher(int tile, Element element, std::integer_sequence<i
 
 template <int kHeadDim>
 ForwardLauncher forward_launcher(int tile, Element element) {
-  return find_launcher<kHeadDim>(tile, element, std::make_integer_sequence<int, kForwardTileCount>());
+  return find_launcher<kHeadDim>(tile, element,
+                                 std::make_integer_sequence<int, kForwardTileCount>());
 }
 
 }  // namespace fa4

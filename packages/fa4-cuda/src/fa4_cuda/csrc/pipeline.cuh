@@ -7,14 +7,19 @@
 
 namespace fa4 {
 
-// Position in a ring of kStages buffers. The phase flips with every round. For one, two or four stages both are bits of
-// one counter, which saves a register.
+// Position in a ring of kStages buffers. The phase flips with every round. For one, two or four
+// stages both are bits of one counter, which saves a register.
 template <int kStages, bool kIsPowerOfTwo = (kStages & (kStages - 1)) == 0>
 class RingPosition {
  public:
   __device__ __forceinline__ int stage() const { return count_ & (kStages - 1); }
   __device__ __forceinline__ uint32_t phase() const { return count_ / kStages & 1; }
   __device__ __forceinline__ void advance() { ++count_; }
+  __device__ __forceinline__ RingPosition previous() const {
+    RingPosition position = *this;
+    --position.count_;
+    return position;
+  }
 
  private:
   uint32_t count_ = 0;
@@ -37,7 +42,8 @@ class RingPosition<kStages, false> {
   uint32_t phase_ = 0;
 };
 
-// A ring of kStages buffers: `full` completes when the bytes are in, `empty` when every reader has let go.
+// A ring of kStages buffers: `full` completes when the bytes are in, `empty` when every reader has
+// let go.
 template <int kStages>
 struct Ring {
   uint32_t full;  // shared memory address of kStages barriers
@@ -45,7 +51,8 @@ struct Ring {
 
   static constexpr int kBytes = 2 * kStages * 8;
 
-  __device__ __forceinline__ explicit Ring(uint32_t barriers) : full(barriers), empty(barriers + kStages * 8) {}
+  __device__ __forceinline__ explicit Ring(uint32_t barriers)
+      : full(barriers), empty(barriers + kStages * 8) {}
 
   __device__ __forceinline__ void init(int readers) const {
     for (int i = 0; i < kStages; ++i) {
@@ -60,16 +67,20 @@ struct Ring {
   __device__ __forceinline__ void wait_empty(RingPosition<kStages> at) const {
     ptx::mbarrier_wait(empty + 8 * at.stage(), at.phase() ^ 1);
   }
-  __device__ __forceinline__ uint32_t full_barrier(RingPosition<kStages> at) const { return full + 8 * at.stage(); }
-  __device__ __forceinline__ uint32_t empty_barrier(RingPosition<kStages> at) const { return empty + 8 * at.stage(); }
+  __device__ __forceinline__ uint32_t full_barrier(RingPosition<kStages> at) const {
+    return full + 8 * at.stage();
+  }
+  __device__ __forceinline__ uint32_t empty_barrier(RingPosition<kStages> at) const {
+    return empty + 8 * at.stage();
+  }
 };
 
-// Shared memory addresses. Q comes in slabs of 64 rows, one per consumer warp group, each with its own barriers: a warp
-// group may go on to its next tile while another still reads.
+// Shared memory addresses. Q comes in slabs of 64 rows, one per consumer warp group, each with its
+// own barriers: a warp group may go on to its next tile while another still reads.
 template <int kTileIndex>
 struct SharedLayout {
   static constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
-  static constexpr int kSlabBytes = 64 * kTile.head_dim * kElementBytes;
+  static constexpr int kSlabBytes = panel_bytes(64) * kTile.panels();
   static constexpr int kWorkSlots = 4;
   static constexpr int kWorkBytes = 32;
 
@@ -87,12 +98,21 @@ struct SharedLayout {
     barriers = work + kWorkSlots * kWorkBytes;
   }
 
-  __device__ __forceinline__ QRing q_ring(int warpgroup) const { return QRing(barriers + warpgroup * QRing::kBytes); }
-  __device__ __forceinline__ KvRing k_ring() const { return KvRing(barriers + kTile.warpgroups * QRing::kBytes); }
-  __device__ __forceinline__ KvRing v_ring() const { return KvRing(k_ring().full + KvRing::kBytes); }
-  __device__ __forceinline__ WorkRing work_ring() const { return WorkRing(v_ring().full + KvRing::kBytes); }
+  __device__ __forceinline__ QRing q_ring(int warpgroup) const {
+    return QRing(barriers + warpgroup * QRing::kBytes);
+  }
+  __device__ __forceinline__ KvRing k_ring() const {
+    return KvRing(barriers + kTile.warpgroups * QRing::kBytes);
+  }
+  __device__ __forceinline__ KvRing v_ring() const {
+    return KvRing(k_ring().full + KvRing::kBytes);
+  }
+  __device__ __forceinline__ WorkRing work_ring() const {
+    return WorkRing(v_ring().full + KvRing::kBytes);
+  }
 
-  static constexpr int kBarrierBytes = kTile.warpgroups * QRing::kBytes + 2 * KvRing::kBytes + WorkRing::kBytes;
+  static constexpr int kBarrierBytes =
+      kTile.warpgroups * QRing::kBytes + 2 * KvRing::kBytes + WorkRing::kBytes;
   static_assert(kWorkSlots * kWorkBytes + kBarrierBytes <= 512);
   static_assert(kTile.shared_bytes() <= kMaxSharedBytes);
 
@@ -103,10 +123,7 @@ struct SharedLayout {
   // By one thread, before anyone else looks.
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kWarps = 4 * kTile.warpgroups;
-    for (int w = 0; w < kTile.warpgroups; ++w) {
-      // Two stages: freed by the thread that stored O from there. One: by the four warps that read Q.
-      q_ring(w).init(kTile.q_stages == 1 ? 4 : 1);
-    }
+    for (int w = 0; w < kTile.warpgroups; ++w) q_ring(w).init(4);
     k_ring().init(kWarps);
     v_ring().init(kWarps);
     work_ring().init(kWarps);
@@ -116,7 +133,7 @@ struct SharedLayout {
 };
 
 // Named barriers. 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;   // + warp group: its turn to issue products
-constexpr int kStoreBarrier = 4;  // + warp group: its O tile is in shared memory
+constexpr int kTurnBarrier = 1;  // + warp group: its turn to issue products
+constexpr int kSlabBarrier = 4;  // + warp group: its Q was changed in shared memory
 
 }  // namespace fa4

@@ -7,8 +7,9 @@
 namespace fa4 {
 namespace {
 
-constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() / 4;  // sums of two lengths and a window stay in range
-constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;                  // cuTensorMapEncodeTiled
+constexpr int64_t kMaxRows =
+    std::numeric_limits<int32_t>::max() / 4;  // sums of two lengths and a window stay in range
+constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;  // cuTensorMapEncodeTiled
 
 // What of L2's 50 MB the K and V of heads that are worked on together may take.
 constexpr int64_t kSectionBytes = 32 << 20;
@@ -26,14 +27,17 @@ bool tensor_map_takes(const fa4_tensor& tensor, const fa4_forward_args& args, in
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Share of a tile's rows that hold a query, for `rows` rows in tiles of `tile`.
-double efficiency(int64_t rows, int64_t tile) { return rows / static_cast<double>(ceil_div(rows, tile) * tile); }
+double efficiency(int64_t rows, int64_t tile) {
+  return rows / static_cast<double>(ceil_div(rows, tile) * tile);
+}
 
-int first_tile(int head_dim, Mask mask) {
+// The smallest head dim that holds the call's, then the last row whose min_seq_k the keys reach.
+int choose_tile(int head_dim, Mask mask, int seq_k) {
   int best = -1;
   for (int i = 0; i < kForwardTileCount; ++i) {
     const ForwardTile& tile = kForwardTiles[i];
-    if (tile.mask != mask || tile.head_dim < head_dim) continue;
-    if (best < 0 || tile.head_dim < kForwardTiles[best].head_dim) best = i;
+    if (tile.mask != mask || tile.head_dim < head_dim || seq_k < tile.min_seq_k) continue;
+    if (best < 0 || tile.head_dim <= kForwardTiles[best].head_dim) best = i;
   }
   return best;
 }
@@ -59,24 +63,30 @@ Window window_of(const fa4_forward_args& args) {
 
 int check_forward(const fa4_forward_args& args) {
   const bool packed = args.cu_seqlens_q != nullptr;
-  if ((args.element != FA4_HALF && args.element != FA4_BFLOAT16) || packed != (args.cu_seqlens_k != nullptr)) {
+  if ((args.element != FA4_HALF && args.element != FA4_BFLOAT16) ||
+      packed != (args.cu_seqlens_k != nullptr)) {
     return FA4_INVALID_ARGUMENT;
   }
   for (int size : {args.batch, args.heads_q, args.heads_k, args.seq_q, args.seq_k}) {
     if (size < 0) return FA4_INVALID_ARGUMENT;
   }
   if (packed && (args.total_q < 0 || args.total_k < 0)) return FA4_INVALID_ARGUMENT;
-  if (args.heads_q > 0 && (args.heads_k == 0 || args.heads_q % args.heads_k != 0)) return FA4_INVALID_ARGUMENT;
-  if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0) return FA4_UNSUPPORTED_HEAD_DIM;
+  if (args.heads_q > 0 && (args.heads_k == 0 || args.heads_q % args.heads_k != 0))
+    return FA4_INVALID_ARGUMENT;
+  if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0)
+    return FA4_UNSUPPORTED_HEAD_DIM;
 
-  const int rows_q = packed ? args.total_q : args.seq_q, rows_k = packed ? args.total_k : args.seq_k;
+  const int rows_q = packed ? args.total_q : args.seq_q,
+            rows_k = packed ? args.total_k : args.seq_k;
   if (std::max(rows_q, rows_k) > kMaxRows) return FA4_UNSUPPORTED_SIZE;
   // Tiles are numbered by int; the smallest has 64 queries, packed sequences add one each.
-  const int64_t row_blocks = packed ? ceil_div(rows_q, 64) + args.batch : ceil_div(rows_q, 64) * args.batch;
+  const int64_t row_blocks =
+      packed ? ceil_div(rows_q, 64) + args.batch : ceil_div(rows_q, 64) * args.batch;
   if (row_blocks * args.heads_q > std::numeric_limits<int32_t>::max()) return FA4_UNSUPPORTED_SIZE;
 
   if (int64_t{rows_q} * args.batch * args.heads_q == 0) return FA4_OK;  // nothing will be touched
-  if (args.q.data == nullptr || args.out.data == nullptr || args.lse == nullptr) return FA4_INVALID_ARGUMENT;
+  if (args.q.data == nullptr || args.out.data == nullptr || args.lse == nullptr)
+    return FA4_INVALID_ARGUMENT;
   if (rows_k > 0 && (args.k.data == nullptr || args.v.data == nullptr)) return FA4_INVALID_ARGUMENT;
   const bool strides = tensor_map_takes(args.q, args, rows_q, args.heads_q) &&
                        tensor_map_takes(args.out, args, rows_q, args.heads_q) &&
@@ -89,15 +99,16 @@ fa4_forward_plan plan_forward(const fa4_forward_args& args, int multiprocessors)
   const bool packed = args.cu_seqlens_q != nullptr;
   const Window window = window_of(args);
   fa4_forward_plan plan{};
-  plan.tile = first_tile(args.head_dim, window.mask);
+  plan.tile = choose_tile(args.head_dim, window.mask, args.seq_k);
   const ForwardTile& tile = kForwardTiles[plan.tile];
 
-  // Packing the query heads of a group into a tile loads K and V once for all of them. It pays where the queries alone
-  // leave rows of the tile empty.
+  // Packing the query heads of a group into a tile loads K and V once for all of them. It pays
+  // where the queries alone leave rows of the tile empty.
   const int group = args.heads_k == 0 ? 1 : args.heads_q / args.heads_k;
   const bool pack = group > 1 && group <= 64 &&
                     efficiency(args.seq_q, tile.block_m()) <
-                        0.9 * efficiency(args.seq_q, tile.warpgroups * (64 / group)) * (64 / group * group) / 64.0;
+                        0.9 * efficiency(args.seq_q, tile.warpgroups * (64 / group)) *
+                            (64 / group * group) / 64.0;
   plan.packed_heads = pack ? group : 1;
   plan.tile_queries = tile.warpgroups * (64 / plan.packed_heads);
 
@@ -107,12 +118,14 @@ fa4_forward_plan plan_forward(const fa4_forward_args& args, int multiprocessors)
   plan.tiles = static_cast<int32_t>(row_blocks * heads);
   plan.grid = std::min(plan.tiles, multiprocessors);
 
-  // Under a mask tiles differ in length: the longest first, whoever is free takes the next. Without one they are equal,
-  // and dealing them out in order costs nothing and keeps a head's tiles together.
+  // Under a mask tiles differ in length: the longest first, whoever is free takes the next. Without
+  // one they are equal, and dealing them out in order costs nothing and keeps a head's tiles
+  // together.
   plan.dynamic = packed || window.mask != Mask::kFull || args.seqused_k != nullptr;
   if (window.mask != Mask::kFull) {
     const int64_t key_bytes = int64_t{2} * args.head_dim * kElementBytes;
-    plan.section_keys = static_cast<int32_t>(kSectionBytes / key_bytes * (group / plan.packed_heads));
+    plan.section_keys =
+        static_cast<int32_t>(kSectionBytes / key_bytes * (group / plan.packed_heads));
   }
   if (plan.dynamic) plan.workspace_bytes = 16;
   if (packed) plan.workspace_bytes += int64_t{4} * (2 * args.batch + 1);
@@ -134,7 +147,8 @@ const char* fa4_error_string(int status) {
     case FA4_UNSUPPORTED_HEAD_DIM:
       return "unsupported head_dim: multiples of 8 from 8 to 256 are served";
     case FA4_UNSUPPORTED_STRIDE:
-      return "unsupported strides: addresses and strides must be non-negative multiples of 16 bytes under 2^40";
+      return "unsupported strides: addresses and strides must be non-negative multiples of 16 "
+             "bytes under 2^40";
     case FA4_UNSUPPORTED_SIZE:
       return "unsupported size: too many rows or tiles for 32-bit numbers";
     case FA4_UNSUPPORTED_DEVICE:
@@ -144,15 +158,18 @@ const char* fa4_error_string(int status) {
     case FA4_DRIVER_WITHOUT_TENSOR_MAP:
       return "the driver has no cuTensorMapEncodeTiled: one for CUDA 12 or newer is needed";
     default:
-      return status < 0 ? "a CUDA call failed: the status is CUDA's error number, negated" : "unknown status";
+      return status < 0 ? "a CUDA call failed: the status is CUDA's error number, negated"
+                        : "unknown status";
   }
 }
 
 int fa4_forward_tile_at(int tile, fa4_forward_tile* result) {
   if (tile < 0 || tile >= fa4::kForwardTileCount) return FA4_INVALID_ARGUMENT;
   const fa4::ForwardTile& row = fa4::kForwardTiles[tile];
-  *result = {row.head_dim,       static_cast<int32_t>(row.mask), row.block_m(), row.block_n, row.q_stages,
-             row.kv_stages, row.shared_bytes()};
+  *result = {row.head_dim,      static_cast<int32_t>(row.mask),
+             row.block_m(),     row.block_n,
+             row.q_stages,      row.kv_stages,
+             row.shared_bytes()};
   return FA4_OK;
 }
 

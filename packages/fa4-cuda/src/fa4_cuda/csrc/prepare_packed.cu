@@ -3,12 +3,14 @@
 
 namespace fa4 {
 
-// Before a launch over packed sequences: their lengths are known to the device only. One thread block sorts them by
-// their number of keys, within chunks of kPrepareThreads, and counts their tiles.
+// Before a launch over packed sequences: their lengths are known to the device only. One thread
+// block sorts them by their number of keys, within chunks of kPrepareThreads, and counts their
+// tiles.
 constexpr int kPrepareThreads = 1024;
 
 __global__ void __launch_bounds__(kPrepareThreads, 1)
-    prepare_packed(Schedule schedule, const int* cu_seqlens_q, const int* cu_seqlens_k, const int* seqused_k) {
+    prepare_packed(Schedule schedule, const int* cu_seqlens_q, const int* cu_seqlens_k,
+                   const int* seqused_k) {
   __shared__ int lengths[kPrepareThreads];
   __shared__ int tiles[kPrepareThreads];  // in the order of lengths, then its running sum
   const int thread = threadIdx.x, sequences = schedule.sequences;
@@ -22,12 +24,14 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
     int seq_q = 0, seq_k = 0;
     if (active) {
       seq_q = cu_seqlens_q[sequence + 1] - cu_seqlens_q[sequence];
-      seq_k = seqused_k != nullptr ? seqused_k[sequence] : cu_seqlens_k[sequence + 1] - cu_seqlens_k[sequence];
+      seq_k = seqused_k != nullptr ? seqused_k[sequence]
+                                   : cu_seqlens_k[sequence + 1] - cu_seqlens_k[sequence];
     }
     lengths[thread] = seq_k;
     __syncthreads();
     int rank = 0;
-    for (int i = 0; i < count; ++i) rank += lengths[i] > seq_k || (lengths[i] == seq_k && i < thread);
+    for (int i = 0; i < count; ++i)
+      rank += lengths[i] > seq_k || (lengths[i] == seq_k && i < thread);
     if (active) {
       tiles[rank] = (seq_q + schedule.tile_queries - 1) / schedule.tile_queries * schedule.heads;
       order[chunk + rank] = sequence;
@@ -54,8 +58,8 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
 }
 
 cudaError_t launch_prepare_packed(const ForwardParams& params, cudaStream_t stream) {
-  prepare_packed<<<1, kPrepareThreads, 0, stream>>>(params.schedule, params.cu_seqlens_q, params.cu_seqlens_k,
-                                                    params.seqused_k);
+  prepare_packed<<<1, kPrepareThreads, 0, stream>>>(params.schedule, params.cu_seqlens_q,
+                                                    params.cu_seqlens_k, params.seqused_k);
   return cudaGetLastError();
 }
 

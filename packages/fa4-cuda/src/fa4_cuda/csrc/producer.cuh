@@ -8,10 +8,10 @@
 namespace fa4 {
 
 template <int kTileIndex>
-__device__ __forceinline__ void produce(const ForwardParams& params, const SharedLayout<kTileIndex>& layout) {
+__device__ __forceinline__ void produce(const ForwardParams& params,
+                                        const SharedLayout<kTileIndex>& layout) {
   using Layout = SharedLayout<kTileIndex>;
   static constexpr ForwardTile kTile = Layout::kTile;
-  using P = Panel<kTile.head_dim>;
 
   ptx::prefetch_tensor_map(&params.q_map);
   ptx::prefetch_tensor_map(&params.k_map);
@@ -21,7 +21,8 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Share
   RingPosition<kTile.kv_stages> k_at, v_at;
   RingPosition<Layout::kWorkSlots> work_at;
   TileSource source(params);
-  const int slab_bytes = params.slab_queries * params.packed_heads * P::kSwizzleBytes * P::kCount;
+  const int slab_bytes =
+      params.slab_queries * params.packed_heads * kPanelRowBytes * kTile.panels();
 
   while (true) {
     const Work work = source.current();
@@ -33,20 +34,25 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Share
     const BlockRange<kTile.mask, kTile.block_n> blocks(params, work, work.first_query, last_query);
     const int key_head = work.head / params.heads_per_group;
 
-    const auto load_block = [&](const CUtensorMap* map, const typename Layout::KvRing& ring, uint32_t tiles,
-                                RingPosition<kTile.kv_stages>& at, int block) {
+    const auto load_block = [&](const CUtensorMap* map, const typename Layout::KvRing& ring,
+                                uint32_t tiles, RingPosition<kTile.kv_stages>& at, int block) {
       ring.wait_empty(at);
       ptx::mbarrier_arrive_expect_tx(ring.full_barrier(at), kTile.kv_bytes());
 #pragma unroll
-      for (int c = 0; c < P::kCount; ++c) {
-        ptx::tma_load_4d(tiles + at.stage() * kTile.kv_bytes() + c * P::bytes(kTile.block_n), map,
-                         ring.full_barrier(at), c * P::kColumns, work.k_start + block * kTile.block_n, key_head,
-                         work.batch, ptx::kEvictLast);
+      for (int c = 0; c < kTile.panels(); ++c) {
+        ptx::tma_load_4d(tiles + at.stage() * kTile.kv_bytes() + c * panel_bytes(kTile.block_n),
+                         map, ring.full_barrier(at), c * kPanelColumns,
+                         work.k_start + block * kTile.block_n, key_head, work.batch,
+                         ptx::kEvictLast);
       }
       at.advance();
     };
-    const auto load_k = [&](int block) { load_block(&params.k_map, layout.k_ring(), layout.k, k_at, block); };
-    const auto load_v = [&](int block) { load_block(&params.v_map, layout.v_ring(), layout.v, v_at, block); };
+    const auto load_k = [&](int block) {
+      load_block(&params.k_map, layout.k_ring(), layout.k, k_at, block);
+    };
+    const auto load_v = [&](int block) {
+      load_block(&params.v_map, layout.v_ring(), layout.v, v_at, block);
+    };
     const auto load_q = [&] {
 #pragma unroll 1
       for (int w = 0; w < kTile.warpgroups; ++w) {
@@ -54,9 +60,10 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Share
         ring.wait_empty(q_at);
         ptx::mbarrier_arrive_expect_tx(ring.full_barrier(q_at), slab_bytes);
 #pragma unroll
-        for (int c = 0; c < P::kCount; ++c) {
-          ptx::tma_load_5d(layout.q_slab(q_at.stage(), w) + c * P::bytes(64), &params.q_map, ring.full_barrier(q_at),
-                           c * P::kColumns, 0, work.q_start + work.first_query + w * params.slab_queries, work.head,
+        for (int c = 0; c < kTile.panels(); ++c) {
+          ptx::tma_load_5d(layout.q_slab(q_at.stage(), w) + c * panel_bytes(64), &params.q_map,
+                           ring.full_barrier(q_at), c * kPanelColumns, 0,
+                           work.q_start + work.first_query + w * params.slab_queries, work.head,
                            work.batch, ptx::kEvictFirst);
         }
       }

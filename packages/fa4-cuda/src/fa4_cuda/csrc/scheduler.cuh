@@ -1,8 +1,9 @@
 // Which tile a thread block works on next.
 //
-// The producer draws tiles and publishes them in a ring in shared memory; the consumers only read there. A tile is named
-// by its number; numbers run through sections of heads whose K and V fit in L2 together, and within a section from the
-// last row block, the longest under a causal mask, to the first.
+// The producer draws tiles and publishes them in a ring in shared memory; the consumers only read
+// there. A tile is named by its number; numbers run through sections of heads whose K and V fit in
+// L2 together, and within a section from the last row block, the longest under a causal mask, to
+// the first.
 #pragma once
 
 #include "forward_params.h"
@@ -24,7 +25,8 @@ struct Work {
 };
 
 template <class Layout>
-__device__ __forceinline__ void publish_work(const Layout& layout, RingPosition<Layout::kWorkSlots> at,
+__device__ __forceinline__ void publish_work(const Layout& layout,
+                                             RingPosition<Layout::kWorkSlots> at,
                                              const Work& work) {
   const uint32_t slot = layout.work + at.stage() * Layout::kWorkBytes;
   layout.work_ring().wait_empty(at);
@@ -35,7 +37,8 @@ __device__ __forceinline__ void publish_work(const Layout& layout, RingPosition<
 
 // Read twice, when a tile begins and when it is stored, so that it takes no registers in between.
 template <class Layout>
-__device__ __forceinline__ Work read_work(const Layout& layout, RingPosition<Layout::kWorkSlots> at) {
+__device__ __forceinline__ Work read_work(const Layout& layout,
+                                          RingPosition<Layout::kWorkSlots> at) {
   const uint32_t slot = layout.work + at.stage() * Layout::kWorkBytes;
   const int4 a = ptx::load_shared(slot), b = ptx::load_shared(slot + 16);
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z};
@@ -46,7 +49,8 @@ struct ScheduleState {
   static constexpr int kNextTile = 0;  // tiles drawn so far, beyond the first of each thread block
   static constexpr int kFinished = 1;  // thread blocks that found no more work
   static constexpr int kTiles = 2;
-  static constexpr int kTable = 4;  // packed: first tile of the i-th longest sequence [sequences + 1], its number [sequences]
+  static constexpr int kTable =
+      4;  // packed: first tile of the i-th longest sequence [sequences + 1], its number [sequences]
 };
 
 class TileSource {
@@ -62,14 +66,16 @@ class TileSource {
   }
 
   __device__ __forceinline__ void advance() {
-    tile_ = schedule_.dynamic ? atomicAdd(schedule_.state + ScheduleState::kNextTile, 1) + gridDim.x : tile_ + gridDim.x;
+    tile_ = schedule_.dynamic ? atomicAdd(schedule_.state + ScheduleState::kNextTile, 1) + gridDim.x
+                              : tile_ + gridDim.x;
   }
 
   // The last thread block leaves the counters as it found them, zero.
   __device__ __forceinline__ void finish() const {
     if (!schedule_.dynamic) return;
     __threadfence();
-    if (atomicAdd(schedule_.state + ScheduleState::kFinished, 1) == static_cast<int>(gridDim.x) - 1) {
+    if (atomicAdd(schedule_.state + ScheduleState::kFinished, 1) ==
+        static_cast<int>(gridDim.x) - 1) {
       schedule_.state[ScheduleState::kNextTile] = 0;
       schedule_.state[ScheduleState::kFinished] = 0;
     }

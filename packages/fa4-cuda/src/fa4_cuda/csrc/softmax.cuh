@@ -5,8 +5,8 @@
 
 namespace fa4 {
 
-// State of a thread's two rows. Each row belongs to the four lanes of a quad; row_max is the row's, row_sum this
-// thread's part until total() adds the parts up.
+// State of a thread's two rows. Each row belongs to the four lanes of a quad; row_max is the row's,
+// row_sum this thread's part until total() adds the parts up.
 template <int kBlockN>
 struct OnlineSoftmax {
   float row_max[2], row_sum[2];
@@ -49,7 +49,8 @@ struct OnlineSoftmax {
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) row_sum[r] = fmaf(row_sum[r], rescale[r], part[2 * r] + part[2 * r + 1]);
+    for (int r = 0; r < 2; ++r)
+      row_sum[r] = fmaf(row_sum[r], rescale[r], part[2 * r] + part[2 * r + 1]);
   }
 
   // O *= rescale, element (j, i) of O as of S.
@@ -70,7 +71,8 @@ struct OnlineSoftmax {
 
 // P in the accumulator layout of S is, rounded to elements, the A operand of P V.
 template <Element kElement, int kBlockN>
-__device__ __forceinline__ void to_operand(uint32_t (&p)[kBlockN / 4], const float (&s)[kBlockN / 2]) {
+__device__ __forceinline__ void to_operand(uint32_t (&p)[kBlockN / 4],
+                                           const float (&s)[kBlockN / 2]) {
 #pragma unroll
   for (int i = 0; i < kBlockN / 4; ++i) p[i] = ptx::pack<kElement>(s[2 * i], s[2 * i + 1]);
 }
