@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from fa4_cuda.library import FUNCTIONS
+
 PACKAGE = Path(__file__).parents[1]
 CSRC = PACKAGE / "src" / "fa4_cuda" / "csrc"
 CACHE = PACKAGE.parents[1] / ".cache" / "fa4-cuda"
@@ -182,3 +184,36 @@ def kernels(build_kernels: ModuleType) -> Path:
 def reports(kernels: Path, build_kernels: ModuleType) -> list[Any]:
     """What ptxas says of every kernel."""
     return list(build_kernels.reports())
+
+
+@pytest.fixture(scope="session")
+def on_cpu() -> ctypes.CDLL:
+    """The glue and the planner, by the host compiler, with a CPU for a GPU (cpu_device.cpp)."""
+    pytest.importorskip("torch")
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    glue = CSRC / "glue"
+    sources = [path for path in sorted(glue.glob("*.cpp")) if path.stem != "devices"]
+    sources += [CSRC / "plan.cpp", Path(__file__).with_name("cpu_device.cpp")]
+    headers = [*CSRC.glob("*.h"), *glue.glob("*.h")]
+    target = CACHE / f"libcpu-{digest(*sources, *headers)}.so"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        flags += ["-fvisibility=hidden", "-Wl,-z,defs", f"-I{CSRC}", "-o", str(target)]
+        subprocess.run([compiler, *flags, *map(str, sources)], check=True)
+    found = ctypes.CDLL(str(target))
+    for name, result, parameters in FUNCTIONS:
+        if name != "fa4_driver_version":
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, parameters
+    return found
+
+
+@pytest.fixture(scope="session")
+def native(on_cpu: ctypes.CDLL) -> Any:
+    """Its native kernels; one object, as in every process, since it counts for ever."""
+    from fa4_cuda.native import NativeOps
+
+    return NativeOps(library=lambda: on_cpu)

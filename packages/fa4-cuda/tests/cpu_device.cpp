@@ -1,5 +1,5 @@
-// Stands in for the GPU: what devices.cpp and api.cpp do, on the CPU, for bfloat16. With it the way of a served call,
-// from an op's arguments to its results, runs without a GPU.
+// Stands in for the GPU: what devices.cpp and api.cpp do, on the CPU, for bfloat16. With it the way
+// of a served call, from an op's arguments to its results, runs without a GPU.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -13,20 +13,22 @@ namespace {
 
 float load(const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t column) {
   const auto* data = static_cast<const uint16_t*>(tensor.data);
-  const uint32_t bits = uint32_t{data[batch * tensor.stride_batch + row * tensor.stride_seq + head * tensor.stride_head +
-                                      column]}
+  const uint32_t bits = uint32_t{data[batch * tensor.stride_batch + row * tensor.stride_seq +
+                                      head * tensor.stride_head + column]}
                         << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-void store(const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t column, float value) {
+void store(const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t column,
+           float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   bits += 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
   static_cast<uint16_t*>(tensor.data)[batch * tensor.stride_batch + row * tensor.stride_seq +
-                                      head * tensor.stride_head + column] = static_cast<uint16_t>(bits >> 16);
+                                      head * tensor.stride_head + column] =
+      static_cast<uint16_t>(bits >> 16);
 }
 
 struct Rows {
@@ -40,7 +42,8 @@ void attend(const fa4_forward_args& args, const Rows& rows, int head, int64_t i)
   double largest = -std::numeric_limits<double>::infinity(), total = 0;
   for (int64_t j = 0; j < rows.count_k; ++j) {
     const int right = args.causal ? 0 : args.window_right;
-    const bool hidden = (right >= 0 && j > diagonal + right) || (args.window_left >= 0 && j < diagonal - args.window_left);
+    const bool hidden = (right >= 0 && j > diagonal + right) ||
+                        (args.window_left >= 0 && j < diagonal - args.window_left);
     double score = 0;
     for (int d = 0; d < args.head_dim; ++d) {
       score += double(load(args.q, rows.batch, rows.first_q + i, head, d)) *
@@ -58,7 +61,8 @@ void attend(const fa4_forward_args& args, const Rows& rows, int head, int64_t i)
     }
   }
   for (int d = 0; d < args.head_dim; ++d) {
-    store(args.out, rows.batch, rows.first_q + i, head, d, empty ? 0.f : static_cast<float>(sums[d] / total));
+    store(args.out, rows.batch, rows.first_q + i, head, d,
+          empty ? 0.f : static_cast<float>(sums[d] / total));
   }
   args.lse[rows.batch * args.lse_stride_batch + head * args.lse_stride_head + rows.first_q + i] =
       empty ? args.empty_lse : static_cast<float>(largest + std::log(total));
@@ -93,7 +97,8 @@ extern "C" __attribute__((visibility("default"))) void pretend(int status) {
 
 extern "C" int fa4_forward_with_plan(const fa4_forward_args* args, const fa4_forward_plan* plan) {
   if (fail_with != FA4_OK) return fail_with;
-  if (plan->workspace_bytes > static_cast<int64_t>(args->workspace_bytes)) return FA4_WORKSPACE_TOO_SMALL;
+  if (plan->workspace_bytes > static_cast<int64_t>(args->workspace_bytes))
+    return FA4_WORKSPACE_TOO_SMALL;
   for (int64_t batch = 0; batch < args->batch; ++batch) {
     Rows rows = {batch, 0, 0, args->seq_q, args->seq_k};
     if (args->cu_seqlens_q != nullptr) {

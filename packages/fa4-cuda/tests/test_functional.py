@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fa4_cuda import flash_attn_func, flash_attn_varlen_func, kernel_set
+from fa4_cuda import flash_attn_func, flash_attn_varlen_func, kernel_set, library
 from flash_attention_registry.sdpa import AttentionCall
 
 Change = dict[str, Any]
@@ -96,7 +97,7 @@ def test_shapes_and_strides_are_known_without_running(strides: tuple[int, ...]) 
 
 
 @pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch, kernels: object) -> kernel_set.CudaKernels:
+def anywhere(monkeypatch: pytest.MonkeyPatch, on_cpu: ctypes.CDLL) -> kernel_set.CudaKernels:
     """The kernel set, asked about tensors of a CPU as if they were a Hopper's."""
     found = dataclasses.replace(
         kernel_set.CAPABILITIES,
@@ -105,6 +106,8 @@ def anywhere(monkeypatch: pytest.MonkeyPatch, kernels: object) -> kernel_set.Cud
         max_compute_capability=None,
     )
     monkeypatch.setattr(kernel_set, "CAPABILITIES", found)
+    for module in (kernel_set, library):
+        monkeypatch.setattr(module, "load", lambda: on_cpu)
     return kernel_set.CudaKernels()
 
 

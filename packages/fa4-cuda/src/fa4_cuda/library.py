@@ -8,6 +8,7 @@ from pathlib import Path
 
 __all__ = [
     "ABI_VERSION",
+    "FUNCTIONS",
     "LIBRARY",
     "ForwardArgs",
     "ForwardPlan",
@@ -88,7 +89,7 @@ class ForwardPlan(ctypes.Structure):
     )
 
 
-_FUNCTIONS = (
+FUNCTIONS = (
     # csrc/api.h
     ("fa4_abi_version", ctypes.c_int, ()),
     ("fa4_error_string", ctypes.c_char_p, (ctypes.c_int,)),
@@ -109,8 +110,10 @@ _FUNCTIONS = (
     ("fa4_torch_switch", None, (ctypes.c_int,)),
     ("fa4_torch_served", ctypes.c_int64, (ctypes.c_char_p,)),
     ("fa4_torch_raise", None, (ctypes.c_void_p, ctypes.c_char_p)),
+    # csrc/driver.cpp
     ("fa4_driver_version", ctypes.c_int, (ctypes.POINTER(ctypes.c_int),) * 2),
 )
+"""Name, result and parameters of what the library exports and this package calls."""
 
 
 @cache
@@ -128,7 +131,7 @@ def load() -> ctypes.CDLL:
         )
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        for name, result, parameters in _FUNCTIONS:
+        for name, result, parameters in FUNCTIONS:
             function = getattr(library, name)
             function.restype, function.argtypes = result, parameters
     except (OSError, AttributeError) as error:

@@ -73,19 +73,19 @@ class NativeOps:
             )
         make_library: Any = torch.library.Library
         self._declined = make_library(NAMESPACE, "FRAGMENT")
+        self._hear_of_overrides()
         taken = []
-        with _SilentOverride(self._dispatch_key):
-            for op, route in routes.items():
-                schema = getattr(torch.ops.aten, op).default._schema
-                self._define(op, schema, route)
-                result = self._load().fa4_torch_put_in(
-                    self._dispatch_key.encode(), op.encode(), signature_of(schema).encode()
-                )
-                if result < 0:
-                    self.take_out()
-                    raise RuntimeError(f"torch {torch.__version__} refuses a kernel for aten::{op}")
-                if result:
-                    taken.append(op)
+        for op, route in routes.items():
+            schema = getattr(torch.ops.aten, op).default._schema
+            self._define(op, schema, route)
+            result = self._load().fa4_torch_put_in(
+                self._dispatch_key.encode(), op.encode(), signature_of(schema).encode()
+            )
+            if result < 0:
+                self.take_out()
+                raise RuntimeError(f"torch {torch.__version__} refuses a kernel for aten::{op}")
+            if result:
+                taken.append(op)
         return taken
 
     def switch(self, on: bool) -> None:
@@ -102,6 +102,18 @@ class NativeOps:
         if self._declined is not None:
             self._declined._destroy()
             self._declined = None
+
+    def _hear_of_overrides(self) -> None:
+        """Let torch tell now, of an operator of ours, that kernels are overridden.
+
+        It tells once per process. Of an override from C++ it would print it on the terminal, past
+        Python's filters.
+        """
+        self._declined.define("_override() -> ()")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                self._declined.impl("_override", lambda: None, "CPU", allow_override=True)
 
     def _define(self, op: str, schema: torch.FunctionSchema, route: Route) -> None:
         definition = str(schema).removeprefix("aten::")
@@ -151,30 +163,3 @@ def _leave(error: BaseException, library: ctypes.CDLL) -> None:
         kind, text = RuntimeError, f"{kind.__name__}: {text}"
     _raised.add(kind)  # which keeps it alive
     library.fa4_torch_raise(id(kind), text.encode(errors="replace"))
-
-
-class _SilentOverride:
-    """A context in which torch does not tell of overrides, which it does once per process.
-
-    From C++ it would print it, whatever Python's filters say. So it is told of an override that
-    Python makes, where a filter catches it.
-    """
-
-    def __init__(self, dispatch_key: str) -> None:
-        self._dispatch_key = dispatch_key
-
-    def __enter__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            make_library: Any = torch.library.Library
-            library = make_library("aten", "IMPL")
-            library.impl(
-                "_scaled_dot_product_flash_attention",
-                lambda *args, **kwargs: None,
-                self._dispatch_key,
-                allow_override=True,
-            )
-            library._destroy()
-
-    def __exit__(self, *_: object) -> None:
-        pass

@@ -9,7 +9,8 @@ void release_arguments(StableIValue* values, const char* signature) {
     if (is_optional) ++signature;
     if (values[index] == 0) continue;
     auto* inner = is_optional ? reinterpret_cast<StableIValue*>(values[index]) : &values[index];
-    if (is_tensor) libtorch.aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*inner));
+    if (is_tensor)
+      libtorch.aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*inner));
     if (!is_optional) continue;
     if (libtorch.torch_delete_stable_ivalue != nullptr) {
       libtorch.torch_delete_stable_ivalue(inner);

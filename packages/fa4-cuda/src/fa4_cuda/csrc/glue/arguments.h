@@ -1,6 +1,7 @@
 // Arguments and results of an op, as libtorch's stable ABI passes them: one 64-bit value each.
 //
-// A tensor is an owning handle, a number its bits, an optional a pointer to one more such value, or 0 for None.
+// A tensor is an owning handle, a number its bits, an optional a pointer to one more such value, or
+// 0 for None.
 #pragma once
 
 #include <cstring>
@@ -36,7 +37,9 @@ class Arguments {
  public:
   explicit Arguments(const StableIValue* values) : values_(values) {}
 
-  AtenTensorHandle tensor(int index) const { return reinterpret_cast<AtenTensorHandle>(values_[index]); }
+  AtenTensorHandle tensor(int index) const {
+    return reinterpret_cast<AtenTensorHandle>(values_[index]);
+  }
   double number(int index) const { return as_double(values_[index]); }
   int64_t integer(int index) const { return static_cast<int64_t>(values_[index]); }
   bool flag(int index) const { return (values_[index] & 0xff) != 0; }
@@ -58,7 +61,9 @@ class Arguments {
     std::memcpy(&number, &value, sizeof number);
     return number;
   }
-  const StableIValue* inner(int index) const { return reinterpret_cast<const StableIValue*>(values_[index]); }
+  const StableIValue* inner(int index) const {
+    return reinterpret_cast<const StableIValue*>(values_[index]);
+  }
 
   const StableIValue* values_;
 };
@@ -82,8 +87,8 @@ class Results {
   StableIValue numbers_[kMost] = {};
 };
 
-// Gives back the arguments of a call. `signature` has a letter for each: T tensor, f float, i int, b bool, and a
-// question mark after it if it is optional; it ends at the first other character.
+// Gives back the arguments of a call. `signature` has a letter for each: T tensor, f float, i int,
+// b bool, and a question mark after it if it is optional; it ends at the first other character.
 void release_arguments(StableIValue* values, const char* signature);
 
 }  // namespace fa4::glue

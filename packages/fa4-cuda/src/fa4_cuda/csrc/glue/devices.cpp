@@ -17,12 +17,13 @@ struct Entry {
 
   void ask(int index) {
     int major = 0, minor = 0;
-    is_served = libtorch.aoti_torch_get_current_cuda_stream != nullptr &&
-                cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
-                cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
-                major == 9 && minor == 0 &&
-                cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index) ==
-                    cudaSuccess;
+    is_served =
+        libtorch.aoti_torch_get_current_cuda_stream != nullptr &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess &&
+        major == 9 && minor == 0 &&
+        cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index) ==
+            cudaSuccess;
   }
 };
 

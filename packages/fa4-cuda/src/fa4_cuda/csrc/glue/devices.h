@@ -9,7 +9,8 @@ struct Device {
   int multiprocessors;
 };
 
-// A device by its number, or null if the kernels are not for it, or if it cannot be asked. Asks CUDA once.
+// A device by its number, or null if the kernels are not for it, or if it cannot be asked. Asks
+// CUDA once.
 const Device* device_at(int32_t index);
 
 // Makes a device the current one while it lives, if it is not yet.

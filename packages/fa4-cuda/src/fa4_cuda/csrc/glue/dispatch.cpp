@@ -1,9 +1,11 @@
-// Native kernels in torch's dispatcher: put in once, switched by one flag, asked by Python through a C interface.
+// Native kernels in torch's dispatcher: put in once, switched by one flag, asked by Python through
+// a C interface.
 //
-// What a native kernel does not serve goes on to the op of the same name in the namespace fa4_cuda_declined, which
-// Python defines with the same schema: its kernel is the registry's router. So arguments and results cross as they are,
-// and reasons, errors and torch's own kernels stay the router's business. An error comes back on a way of its own,
-// because torch's C interface would lose what it was: Python leaves it with fa4_torch_raise and returns anything.
+// What a native kernel does not serve goes on to the op of the same name in the namespace
+// fa4_cuda_declined, which Python defines with the same schema: its kernel is the registry's
+// router. So arguments and results cross as they are, and reasons, errors and torch's own kernels
+// stay the router's business. An error comes back on a way of its own, because torch's C interface
+// would lose what it was: Python leaves it with fa4_torch_raise and returns anything.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -29,8 +31,8 @@ State states[kOpCount];
 std::atomic<bool> switched_on = false;
 
 struct Thread {
-  // Inside what was declined: torch's kernels call one another through the dispatcher, and what was declined as a whole
-  // is not to be served in part.
+  // Inside what was declined: torch's kernels call one another through the dispatcher, and what was
+  // declined as a whole is not to be served in part.
   int inside_declined = 0;
   void* error_type = nullptr;
   std::string error_text;
@@ -38,9 +40,11 @@ struct Thread {
 
 thread_local Thread thread;
 
-void decline(const Op& op, const State& state, StableIValue* stack, uint64_t arguments, uint64_t results) {
-  // Torch pairs the results of a call with their types in reverse order, which is right only where the types read the
-  // same from both ends. Those of the SDPA ops do with one tensor more, so the declined op has one (native.py).
+void decline(const Op& op, const State& state, StableIValue* stack, uint64_t arguments,
+             uint64_t results) {
+  // Torch pairs the results of a call with their types in reverse order, which is right only where
+  // the types read the same from both ends. Those of the SDPA ops do with one tensor more, so the
+  // declined op has one (native.py).
   constexpr int kMostValues = 24;
   StableIValue values[kMostValues] = {};
   std::copy(stack, stack + arguments, values);
@@ -49,14 +53,16 @@ void decline(const Op& op, const State& state, StableIValue* stack, uint64_t arg
       libtorch.torch_call_dispatcher(state.declined.c_str(), "", values, kTorchVersion);
   --thread.inside_declined;
   const char* result_types = std::strstr(op.signature, "->") + 2;
-  if (!failed && std::strchr(result_types, 'i') != nullptr) release_arguments(values + results, "T");
+  if (!failed && std::strchr(result_types, 'i') != nullptr)
+    release_arguments(values + results, "T");
   if (thread.error_type != nullptr) {
     if (!failed) release_arguments(values, result_types);
     throw PythonError(std::exchange(thread.error_type, nullptr), std::move(thread.error_text));
   }
   if (failed) {
     const auto what = libtorch.torch_exception_get_what_without_backtrace;
-    throw std::runtime_error(what != nullptr ? what() : "fa4-cuda: calling " + state.declined + " failed");
+    throw std::runtime_error(what != nullptr ? what()
+                                             : "fa4-cuda: calling " + state.declined + " failed");
   }
   std::copy(values, values + results, stack);
 }
@@ -113,7 +119,8 @@ FA4_EXPORT int fa4_torch_put_in(const char* dispatch_key, const char* op, const 
   if (state.library != nullptr) return 1;
   state.declined = std::string("fa4_cuda_declined::") + op;
   TorchLibraryHandle library = nullptr;
-  if (libtorch.aoti_torch_library_init_impl("aten", dispatch_key, "fa4_cuda", 0, &library)) return -1;
+  if (libtorch.aoti_torch_library_init_impl("aten", dispatch_key, "fa4_cuda", 0, &library))
+    return -1;
   const Kernel chosen = kernel_of(index, std::make_integer_sequence<int, kOpCount>());
   if (libtorch.torch_library_impl(library, op, chosen, kTorchVersion)) {
     libtorch.aoti_torch_delete_library_object(library);
@@ -139,12 +146,14 @@ FA4_EXPORT void fa4_torch_switch(int on) { switched_on.store(on != 0, std::memor
 FA4_EXPORT int64_t fa4_torch_served(const char* op) {
   int64_t served = 0;
   for (int index = 0; index < kOpCount; ++index) {
-    if (std::string(kOps[index].name) == op) served += states[index].served.load(std::memory_order_relaxed);
+    if (std::string(kOps[index].name) == op)
+      served += states[index].served.load(std::memory_order_relaxed);
   }
   return served;
 }
 
-// Lets the declined call that this thread is inside of raise an exception; `type` is a PyTypeObject* that lives for ever.
+// Lets the declined call that this thread is inside of raise an exception; `type` is a
+// PyTypeObject* that lives for ever.
 FA4_EXPORT void fa4_torch_raise(void* type, const char* text) {
   thread.error_type = type;
   thread.error_text = text;

@@ -11,7 +11,8 @@ namespace {
 // Of query, key and value: one of the dtypes served, one GPU, last dimensions without gaps.
 bool share_what_they_must(const Tensor& query, const Tensor& key, const Tensor& value) {
   if (query.device_type != libtorch.aoti_torch_device_type_cuda()) return false;
-  if (query.dtype != libtorch.aoti_torch_dtype_float16() && query.dtype != libtorch.aoti_torch_dtype_bfloat16()) {
+  if (query.dtype != libtorch.aoti_torch_dtype_float16() &&
+      query.dtype != libtorch.aoti_torch_dtype_bfloat16()) {
     return false;
   }
   for (const Tensor* tensor : {&query, &key, &value}) {
@@ -24,15 +25,19 @@ bool share_what_they_must(const Tensor& query, const Tensor& key, const Tensor& 
 }
 
 bool read_three(const Arguments& arguments, int first, int64_t dims, Forward& forward) {
-  return read(arguments.tensor(first), dims, forward.query) && read(arguments.tensor(first + 1), dims, forward.key) &&
-         read(arguments.tensor(first + 2), dims, forward.value) && forward.key.same_sizes(forward.value) &&
+  return read(arguments.tensor(first), dims, forward.query) &&
+         read(arguments.tensor(first + 1), dims, forward.key) &&
+         read(arguments.tensor(first + 2), dims, forward.value) &&
+         forward.key.same_sizes(forward.value) &&
          share_what_they_must(forward.query, forward.key, forward.value) &&
          forward.query.sizes[dims - 1] == forward.key.sizes[dims - 1];
 }
 
 bool read_offsets(AtenTensorHandle handle, const Tensor& query, Tensor& offsets) {
-  return handle != nullptr && read(handle, 1, offsets) && offsets.dtype == libtorch.aoti_torch_dtype_int32() &&
-         offsets.device_type == query.device_type && offsets.device == query.device && offsets.unit_stride();
+  return handle != nullptr && read(handle, 1, offsets) &&
+         offsets.dtype == libtorch.aoti_torch_dtype_int32() &&
+         offsets.device_type == query.device_type && offsets.device == query.device &&
+         offsets.unit_stride();
 }
 
 // A tensor as the kernels take it: [B, S, H, D] or [T, H, D].
@@ -78,10 +83,12 @@ bool describe(const Forward& forward, const Tensor& out, fa4_forward_args& args)
   const int last = static_cast<int>(query.dims) - 1;
   const int heads = forward.is_packed() ? 1 : static_cast<int>(forward.head_axis);
   const int rows = forward.is_packed() ? 0 : 3 - heads;
-  const int64_t batch = forward.is_packed() ? forward.cu_seqlens_query.sizes[0] - 1 : query.sizes[0];
+  const int64_t batch =
+      forward.is_packed() ? forward.cu_seqlens_query.sizes[0] - 1 : query.sizes[0];
   const int64_t seq_q = forward.is_packed() ? forward.max_seqlen_query : query.sizes[rows];
   const int64_t seq_k = forward.is_packed() ? forward.max_seqlen_key : key.sizes[rows];
-  if (!fit(batch, query.sizes[rows], key.sizes[rows], query.sizes[heads], query.sizes[last], seq_q, seq_k)) {
+  if (!fit(batch, query.sizes[rows], key.sizes[rows], query.sizes[heads], query.sizes[last], seq_q,
+           seq_k)) {
     return false;
   }
   args.q = input(query, forward.head_axis);
@@ -114,7 +121,8 @@ OwnedTensor empty_lse(const Forward& forward, const fa4_forward_args& args) {
                              : empty(forward.query, libtorch.aoti_torch_dtype_float32(), 3, dense);
 }
 
-// The workspace of one launch; the caching allocator keeps it from others until the stream is past it.
+// The workspace of one launch; the caching allocator keeps it from others until the stream is past
+// it.
 OwnedTensor workspace_of(const fa4_forward_plan& plan, const Tensor& like) {
   const int64_t words = (plan.workspace_bytes + 3) / 4;
   return empty(like, libtorch.aoti_torch_dtype_int32(), 1, &words);
@@ -125,7 +133,8 @@ OwnedTensor workspace_of(const fa4_forward_plan& plan, const Tensor& like) {
 bool read_dense(const Arguments& arguments, int first, HeadAxis head_axis, Forward& forward) {
   forward.head_axis = head_axis;
   const int axis = static_cast<int>(head_axis);
-  return read_three(arguments, first, 4, forward) && forward.query.sizes[0] == forward.key.sizes[0] &&
+  return read_three(arguments, first, 4, forward) &&
+         forward.query.sizes[0] == forward.key.sizes[0] &&
          forward.query.sizes[axis] % forward.key.sizes[axis] == 0;
 }
 
@@ -134,7 +143,8 @@ bool read_packed(const Arguments& arguments, int first, AtenTensorHandle cu_seql
                  Forward& forward) {
   forward.max_seqlen_query = max_seqlen_query;
   forward.max_seqlen_key = max_seqlen_key;
-  return read_three(arguments, first, 3, forward) && forward.query.sizes[1] % forward.key.sizes[1] == 0 &&
+  return read_three(arguments, first, 3, forward) &&
+         forward.query.sizes[1] % forward.key.sizes[1] == 0 &&
          read_offsets(cu_seqlens_query, forward.query, forward.cu_seqlens_query) &&
          read_offsets(cu_seqlens_key, forward.query, forward.cu_seqlens_key) &&
          forward.cu_seqlens_query.sizes[0] >= 2 &&
@@ -147,7 +157,8 @@ OwnedTensor run(const Forward& forward, const Tensor& out) {
   if (device == nullptr || !out.unit_stride()) return OwnedTensor();
   fa4_forward_args args = {};
   fa4_forward_plan plan = {};
-  if (!describe(forward, out, args) || libtorch.aoti_torch_get_current_cuda_stream(query.device, &args.stream)) {
+  if (!describe(forward, out, args) ||
+      libtorch.aoti_torch_get_current_cuda_stream(query.device, &args.stream)) {
     return OwnedTensor();
   }
   OwnedTensor lse = empty_lse(forward, args);

@@ -23,14 +23,16 @@ struct Forward {
   bool is_packed() const { return cu_seqlens_query.handle != nullptr; }
 };
 
-// Reads query, key and value. Returns false if they are no valid dense or packed request, which torch is to refuse.
+// Reads query, key and value. Returns false if they are no valid dense or packed request, which
+// torch is to refuse.
 bool read_dense(const Arguments& arguments, int first, HeadAxis head_axis, Forward& forward);
 bool read_packed(const Arguments& arguments, int first, AtenTensorHandle cu_seqlens_query,
                  AtenTensorHandle cu_seqlens_key, int64_t max_seqlen_query, int64_t max_seqlen_key,
                  Forward& forward);
 
-// Allocates lse, [B, H, S] or [H, T], and runs the kernel on the tensors' device and its current stream. Writes `out`.
-// Returns null, with nothing launched, if the kernels do not serve the request or if anything fails.
+// Allocates lse, [B, H, S] or [H, T], and runs the kernel on the tensors' device and its current
+// stream. Writes `out`. Returns null, with nothing launched, if the kernels do not serve the
+// request or if anything fails.
 OwnedTensor run(const Forward& forward, const Tensor& out);
 
 }  // namespace fa4::glue

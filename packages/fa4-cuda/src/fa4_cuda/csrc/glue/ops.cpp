@@ -1,5 +1,6 @@
-// From the arguments of each op to a request, and from the kernel's results to those of the op. What is served, and what
-// results look like, is told in flash_attention_registry.sdpa, whose adapters serve the same calls from Python.
+// From the arguments of each op to a request, and from the kernel's results to those of the op.
+// What is served, and what results look like, is told in flash_attention_registry.sdpa, whose
+// adapters serve the same calls from Python.
 #include "ops.h"
 
 #include <cmath>
@@ -9,12 +10,16 @@
 namespace fa4::glue {
 namespace {
 
-// Where in its storage the seed of a served cuDNN forward stands, by which its backward is known (sdpa/cudnn.py).
+// Where in its storage the seed of a served cuDNN forward stands, by which its backward is known
+// (sdpa/cudnn.py).
 constexpr int64_t kSeedMark = 2;
 
-OwnedTensor empty_scalar(const Tensor& like, int32_t dtype) { return empty(like, dtype, 0, nullptr); }
+OwnedTensor empty_scalar(const Tensor& like, int32_t dtype) {
+  return empty(like, dtype, 0, nullptr);
+}
 
-// Random state, its second part and the debug mask of a flash forward without dropout; nobody reads them.
+// Random state, its second part and the debug mask of a flash forward without dropout; nobody reads
+// them.
 struct Unused {
   OwnedTensor state, second, debug;
 
@@ -37,13 +42,16 @@ OwnedTensor marked_seed(const Tensor& query) {
   const int64_t size = kSeedMark + 1;
   OwnedTensor storage = empty(query, libtorch.aoti_torch_dtype_int64(), 1, &size);
   AtenTensorHandle seed = nullptr;
-  if (!storage || libtorch.aoti_torch__reinterpret_tensor(storage.get(), 0, nullptr, nullptr, kSeedMark, &seed)) {
+  if (!storage || libtorch.aoti_torch__reinterpret_tensor(storage.get(), 0, nullptr, nullptr,
+                                                          kSeedMark, &seed)) {
     return OwnedTensor();
   }
   return OwnedTensor(seed);
 }
 
-double default_scale(const Tensor& query) { return 1.0 / std::sqrt(double(query.sizes[query.dims - 1])); }
+double default_scale(const Tensor& query) {
+  return 1.0 / std::sqrt(double(query.sizes[query.dims - 1]));
+}
 
 // Allocates out like the query and runs the request into it.
 bool run_into_new(const Forward& forward, OwnedTensor& out, OwnedTensor& lse) {
@@ -56,13 +64,31 @@ bool run_into_new(const Forward& forward, OwnedTensor& out, OwnedTensor& lse) {
 
 // The arguments of the general ops from query on, in order.
 bool read_general(const Arguments& arguments, int first, bool with_pages, Forward& forward) {
-  enum { kQuery, kKey, kValue, kCuQ, kCuK, kMaxQ, kMaxK, kDropout, kCausal, kDebug, kScale, kLeft, kRight,
-         kSeqused, kAlibi, kBlockTable, kSplits };
+  enum {
+    kQuery,
+    kKey,
+    kValue,
+    kCuQ,
+    kCuK,
+    kMaxQ,
+    kMaxK,
+    kDropout,
+    kCausal,
+    kDebug,
+    kScale,
+    kLeft,
+    kRight,
+    kSeqused,
+    kAlibi,
+    kBlockTable,
+    kSplits
+  };
   const auto at = [first](int argument) { return first + argument; };
   if (arguments.number(at(kDropout)) != 0 || arguments.flag(at(kDebug))) return false;
   if (!arguments.is_none(at(kSeqused)) || !arguments.is_none(at(kAlibi))) return false;
   if (with_pages) {
-    if (!arguments.is_none(at(kBlockTable)) || arguments.integer_or(at(kSplits), 0) > 1) return false;
+    if (!arguments.is_none(at(kBlockTable)) || arguments.integer_or(at(kSplits), 0) > 1)
+      return false;
   }
   const AtenTensorHandle cu_q = arguments.tensor_or_null(at(kCuQ));
   const AtenTensorHandle cu_k = arguments.tensor_or_null(at(kCuK));
@@ -118,7 +144,8 @@ bool serve_sdpa_flash(const Arguments& arguments, Results& results) {
 
 bool serve_sdpa_cudnn(const Arguments& arguments, Results& results) {
   enum { kQuery, kKey, kValue, kBias, kComputeLse, kDropout, kCausal, kDebug, kScale };
-  if (arguments.number(kDropout) != 0 || arguments.flag(kDebug) || !arguments.is_none(kBias)) return false;
+  if (arguments.number(kDropout) != 0 || arguments.flag(kDebug) || !arguments.is_none(kBias))
+    return false;
   if (!flash_is_enabled()) return false;  // the caller asked for cuDNN itself
   Forward forward;
   if (!read_dense(arguments, kQuery, HeadAxis::kOne, forward)) return false;
@@ -135,7 +162,8 @@ bool serve_sdpa_cudnn(const Arguments& arguments, Results& results) {
   const int64_t shape[4] = {sizes[0], sizes[1], sizes[2], 1};
   const int64_t strides[4] = {sizes[1] * sizes[2], sizes[2], 1, 1};
   AtenTensorHandle column = nullptr;
-  if (libtorch.aoti_torch__reinterpret_tensor(lse.get(), 4, shape, strides, 0, &column)) return false;
+  if (libtorch.aoti_torch__reinterpret_tensor(lse.get(), 4, shape, strides, 0, &column))
+    return false;
   results.add(std::move(out));
   results.add(OwnedTensor(column));
   results.add(undefined());
@@ -161,8 +189,8 @@ bool serve_flash_forward_inplace(const Arguments& arguments, Results& results) {
   Tensor out;
   if (!read_general(arguments, 1, true, forward)) return false;
   if (!read(arguments.tensor(0), forward.query.dims, out)) return false;
-  if (!out.same_sizes(forward.query) || out.dtype != forward.query.dtype || out.device != forward.query.device ||
-      out.device_type != forward.query.device_type) {
+  if (!out.same_sizes(forward.query) || out.dtype != forward.query.dtype ||
+      out.device != forward.query.device || out.device_type != forward.query.device_type) {
     return false;
   }
   OwnedTensor lse = run(forward, out);

@@ -5,7 +5,8 @@
 namespace fa4::glue {
 namespace {
 
-// Whether the elements fill their memory without gaps and without sharing: then empty_like keeps the strides.
+// Whether the elements fill their memory without gaps and without sharing: then empty_like keeps
+// the strides.
 bool is_dense(const Tensor& tensor) {
   int order[kMostDims];
   int count = 0;
@@ -28,8 +29,8 @@ bool is_dense(const Tensor& tensor) {
 OwnedTensor empty_strided(const Tensor& like, int32_t dtype, int64_t dims, const int64_t* sizes,
                           const int64_t* strides) {
   AtenTensorHandle made = nullptr;
-  const auto failed = libtorch.aoti_torch_empty_strided(dims, sizes, strides, dtype, like.device_type,
-                                                        like.device, &made);
+  const auto failed = libtorch.aoti_torch_empty_strided(dims, sizes, strides, dtype,
+                                                        like.device_type, like.device, &made);
   return OwnedTensor(failed ? nullptr : made);
 }
 
@@ -55,7 +56,8 @@ bool read(AtenTensorHandle handle, int64_t dims, Tensor& tensor) {
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
   if (libtorch.aoti_torch_get_dim(handle, &tensor.dims) || tensor.dims != dims ||
-      libtorch.aoti_torch_get_sizes(handle, &sizes) || libtorch.aoti_torch_get_strides(handle, &strides) ||
+      libtorch.aoti_torch_get_sizes(handle, &sizes) ||
+      libtorch.aoti_torch_get_strides(handle, &strides) ||
       libtorch.aoti_torch_get_dtype(handle, &tensor.dtype) ||
       libtorch.aoti_torch_get_device_type(handle, &tensor.device_type) ||
       libtorch.aoti_torch_get_device_index(handle, &tensor.device)) {
@@ -76,11 +78,13 @@ OwnedTensor empty(const Tensor& like, int32_t dtype, int64_t dims, const int64_t
 OwnedTensor empty_like(const Tensor& like) {
   if (is_dense(like)) return empty_strided(like, like.dtype, like.dims, like.sizes, like.strides);
   // Slower, and rare: torch knows what it does with gaps and with dimensions that share memory.
-  StableIValue stack[6] = {};  // self, and dtype, layout, device, pin_memory and memory_format as None
+  StableIValue stack[6] =
+      {};  // self, and dtype, layout, device, pin_memory and memory_format as None
   AtenTensorHandle self = nullptr;
   if (libtorch.aoti_torch_new_tensor_handle(like.handle, &self)) return OwnedTensor();
   stack[0] = reinterpret_cast<StableIValue>(self);
-  if (libtorch.torch_call_dispatcher("aten::empty_like", "", stack, kTorchVersion)) return OwnedTensor();
+  if (libtorch.torch_call_dispatcher("aten::empty_like", "", stack, kTorchVersion))
+    return OwnedTensor();
   return OwnedTensor(reinterpret_cast<AtenTensorHandle>(stack[0]));
 }
 

@@ -5,12 +5,13 @@
 namespace fa4::glue {
 namespace {
 
-// at::globalContext() and at::Context::userEnabledFlashSDP() const: exported C++ functions without a C twin.
+// at::globalContext() and at::Context::userEnabledFlashSDP() const: exported C++ functions without
+// a C twin.
 void* (*global_context)() = nullptr;
 bool (*user_enabled_flash_sdp)(const void*) = nullptr;
 
-// A library that is loaded already, or null; what it exports is found through it alone, because Python loads torch's
-// libraries out of sight of the process's other symbols.
+// A library that is loaded already, or null; what it exports is found through it alone, because
+// Python loads torch's libraries out of sight of the process's other symbols.
 void* loaded(const char* name) { return dlopen(name, RTLD_LAZY | RTLD_NOLOAD); }
 
 template <class Function>
