@@ -90,18 +90,34 @@ def test_groups_larger_than_a_slab_are_not_packed(planner) -> None:
     assert planner.plan(heads_q=65, heads_k=1, seq_q=1, seq_k=512)[1].packed_heads == 1
 
 
-def test_masks_draw_tiles_longest_first_and_plain_ones_are_dealt(planner) -> None:
-    plain, causal = planner.plan()[1], planner.plan(causal=1)[1]
-    assert not plain.dynamic
-    assert plain.workspace_bytes == 0
-    assert causal.dynamic
-    assert causal.workspace_bytes == 16
+def test_tiles_of_different_length_are_drawn_and_equal_ones_are_dealt(planner) -> None:
+    def dynamic(**call: Any) -> bool:
+        plan = planner.plan(**call)[1]
+        assert plan.workspace_bytes == (16 if plan.dynamic else 0)
+        return bool(plan.dynamic)
+
+    assert not dynamic()
+    assert not dynamic(seq_q=113, seq_k=4093)  # one tile a head
+    assert dynamic(seq_q=1000)  # the last of each head is short
+    assert dynamic(causal=1)
+    assert dynamic(window_left=100)
+    assert dynamic(seqused_k=4096)
+
+
+def test_sections_hold_at_most_sixteen_heads_of_keys(planner) -> None:
+    assert planner.plan(causal=1)[1].section_keys == 16 * 1024
+    assert planner.plan(causal=1, heads_q=16, heads_k=4)[1].section_keys == 4 * 16 * 1024
+    assert planner.plan()[1].section_keys == 0
 
 
 def test_sections_hold_the_keys_that_fit_l2(planner) -> None:
     # 32 MB of K and V at head_dim 128 in two bytes: 64k keys, of heads that do not share them.
-    assert planner.plan(causal=1)[1].section_keys == 65536
-    assert planner.plan(causal=1, heads_q=16, heads_k=4)[1].section_keys == 4 * 65536
+    assert planner.plan(causal=1, seq_q=16384)[1].section_keys == 65536
+
+
+def test_sections_of_very_many_shared_heads_do_not_overflow(planner) -> None:
+    plan = planner.plan(causal=1, heads_q=2**14, heads_k=1, head_dim=8, seq_q=2**18)[1]
+    assert plan.section_keys == 2**31 - 1
 
 
 def packed(**changes: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Run ``python generate_wgmma.py > wgmma_instructions.cuh`` after a change; a test
 """
 
 # N of S = Q K^T are the block_n of tiles.h, N of O += P V its head_dims.
-SIZES = (64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
+SIZES = (64, 80, 96, 112, 128, 192, 256)
 TYPES = {"kHalf": "f16", "kBfloat16": "bf16"}
 
 

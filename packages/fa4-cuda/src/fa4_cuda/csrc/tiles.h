@@ -1,8 +1,8 @@
 // The tile table: which kernels exist. Host, device and (through fa4_forward_tile_at) Python read
 // this one.
 //
-// A tile is block_m = 64 * warpgroups query rows against block_n keys at a time. What bounds it, per
-// multiprocessor:
+// A tile is block_m = 64 * warpgroups query rows against block_n keys at a time. What bounds it,
+// per multiprocessor:
 //   shared memory  227 KB, for (q_stages * block_m + 2 * kv_stages * block_n) * D elements
 //   registers      232 a thread with two consumer warp groups, 160 with three. O takes D / 2,
 //                  S block_n / 2, P block_n / 4, Q (if it stays there) D / 4, all else about 25
@@ -36,8 +36,6 @@ struct ForwardTile {
   bool rescale_under_qk;
   // Q's room in shared memory is free again as soon as it was read.
   bool q_in_registers;
-  // The planner takes the last row of a head dim and mask whose bound the keys reach.
-  int min_seq_k = 0;
 
   constexpr int block_m() const { return 64 * warpgroups; }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
