@@ -57,7 +57,7 @@ using PackedOutput = uint32_t[kHeadDim / 4];
 
 // Straight from registers, 16 bytes a lane, 64 of each row together; rows and columns are clipped.
 // Through shared memory and the copy engine O takes fewer instructions, but a fence, a barrier and
-// the room of a second Q: 3 to 6% slower at S = 1024.
+// the room of a second Q: 5 to 7% slower at S = 1024.
 template <int kHeadDim>
 __device__ __forceinline__ void store_registers(const ForwardParams& params, const Work& work,
                                                 const SlabRow (&rows)[2],
