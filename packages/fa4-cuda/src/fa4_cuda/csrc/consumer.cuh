@@ -108,8 +108,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params,
   const auto pass_turn = [&] {
     if constexpr (kTile.ping_pong) ptx::named_barrier_arrive(next_turn, 256);
   };
-  if (kTile.ping_pong && warpgroup == kTile.warpgroups - 1)
-    pass_turn();  // the first turn is the first group's
+  if (warpgroup == kTile.warpgroups - 1) pass_turn();  // the first turn is the first group's
 
   // Q of the tile at q_at, ready to be multiplied.
   const auto wait_q = [&] {
@@ -278,48 +277,20 @@ __device__ __forceinline__ void consume(const ForwardParams& params,
     const auto stored_at = work_at.previous();
     const Work stored = read_work(layout, stored_at);
     softmax.total();
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) inverse[r] = ptx::reciprocal(softmax.row_sum[r]);
-    const bool empty_row = softmax.row_sum[0] == 0.f || softmax.row_sum[1] == 0.f;
-    if (__any_sync(~0u,
-                   empty_row)) {  // a row without keys is zero, whatever P = 0 was multiplied with
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) {
-        if (softmax.row_sum[(i >> 1) & 1] == 0.f) o[i] = 0.f;
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) inverse[r] = softmax.row_sum[r] == 0.f ? 1.f : inverse[r];
-    }
     PackedOutput<kHeadDim> output;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) {
-      output[i] = ptx::pack<kElement>(o[2 * i] * inverse[i & 1], o[2 * i + 1] * inverse[i & 1]);
-    }
+    normalize<kElement, kHeadDim>(output, o, softmax);
     const SlabRow rows[2] = {SlabRow(params, stored, warpgroup, row),
                              SlabRow(params, stored, warpgroup, row + 8)};
-
-    // Blocks that hold keys which nobody or not everybody sees: masked ones, and, where the next
-    // sequence follows in memory or the cache is longer than it is full, the last.
+    store_registers<kHeadDim>(params, stored, rows, output, lane);
+    // Blocks hold keys that nobody or not everybody sees if there is a mask, the next sequence
+    // follows in memory, or the cache is longer than it is full.
     const bool unseen_keys =
         kTile.mask != Mask::kFull || params.cu_seqlens_k != nullptr || params.seqused_k != nullptr;
-    store_registers<kHeadDim>(params, stored, rows, output, lane);
     if (unseen_keys) {
       recompute_nan_rows<kElement, kTile.mask, kHeadDim>(
           params, stored, warpgroup, warp, lane, rows, output, softmax.row_max, softmax.row_sum);
     }
-    if ((lane & 3) == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float lse = softmax.row_sum[r] == 0.f
-                              ? params.empty_lse
-                              : softmax.row_max[r] * params.scale + __logf(softmax.row_sum[r]);
-        if (rows[r].valid) {
-          params.lse[stored.batch * params.lse_stride_batch +
-                     rows[r].head * params.lse_stride_head + stored.q_start + rows[r].query] = lse;
-        }
-      }
-    }
+    store_lse(params, stored, rows, softmax, lane);
     __syncwarp();
     ptx::mbarrier_arrive_if(work_ring.empty_barrier(stored_at), lane == 0);
     if (!more) break;

@@ -55,6 +55,45 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int lane) {
 template <int kHeadDim>
 using PackedOutput = uint32_t[kHeadDim / 4];
 
+// O / row_sum, rounded. A row without keys is zero, whatever P = 0 was multiplied with.
+template <Element kElement, int kHeadDim, int kBlockN>
+__device__ __forceinline__ void normalize(PackedOutput<kHeadDim>& output, float (&o)[kHeadDim / 2],
+                                          const OnlineSoftmax<kBlockN>& softmax) {
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) inverse[r] = ptx::reciprocal(softmax.row_sum[r]);
+  const bool empty_row = softmax.row_sum[0] == 0.f || softmax.row_sum[1] == 0.f;
+  if (__any_sync(~0u, empty_row)) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      if (softmax.row_sum[(i >> 1) & 1] == 0.f) o[i] = 0.f;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) inverse[r] = softmax.row_sum[r] == 0.f ? 1.f : inverse[r];
+  }
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 4; ++i) {
+    output[i] = ptx::pack<kElement>(o[2 * i] * inverse[i & 1], o[2 * i + 1] * inverse[i & 1]);
+  }
+}
+
+template <int kBlockN>
+__device__ __forceinline__ void store_lse(const ForwardParams& params, const Work& work,
+                                          const SlabRow (&rows)[2],
+                                          const OnlineSoftmax<kBlockN>& softmax, int lane) {
+  if ((lane & 3) != 0) return;  // one of the row's quad
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float lse = softmax.row_sum[r] == 0.f
+                          ? params.empty_lse
+                          : softmax.row_max[r] * params.scale + __logf(softmax.row_sum[r]);
+    if (rows[r].valid) {
+      params.lse[work.batch * params.lse_stride_batch + rows[r].head * params.lse_stride_head +
+                 work.q_start + rows[r].query] = lse;
+    }
+  }
+}
+
 // Straight from registers, 16 bytes a lane, 64 of each row together; rows and columns are clipped.
 // Through shared memory and the copy engine O takes fewer instructions, but a fence, a barrier and
 // the room of a second Q: 5 to 7% slower at S = 1024.
