@@ -49,11 +49,17 @@ LINK_FLAGS = (
     "-Xlinker=-s",
 )
 
-NO_NVCC = """nvcc was not found (looked at $CUDACXX, $CUDA_HOME/bin, $CUDA_PATH/bin, PATH, \
+COMPILER_WHEELS = tuple(
+    f"nvidia-{name}==13.0.*"
+    for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "cuda-cccl", "nvvm")
+)
+"""NVIDIA's, of one version: the compiler, its headers and the static runtime."""
+
+NO_NVCC = f"""nvcc was not found (looked at $CUDACXX, $CUDA_HOME/bin, $CUDA_PATH/bin, PATH, \
 /usr/local/cuda/bin and NVIDIA's wheel nvidia-cuda-nvcc). Do one of these:
   - install the wheel, which needs no compiler: pip install --only-binary fa4-cuda fa4-cuda
   - install a CUDA toolkit, 12.8 or newer, and set CUDA_HOME
-  - let pip fetch NVIDIA's compiler for the build: pip install without --no-build-isolation"""
+  - install NVIDIA's compiler beside this Python: pip install {" ".join(COMPILER_WHEELS)}"""
 
 
 class BuildError(Exception):

@@ -15,9 +15,6 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-COMPILER_WHEELS = ("cuda-nvcc", "cuda-runtime", "cuda-crt", "cuda-cccl", "nvvm")
-"""NVIDIA's, of one version: the compiler, its headers and the static runtime."""
-
 
 class CudaBuildHook(BuildHookInterface[Any]):
     """Compiles, and tags the wheel: for this platform, for every Python and every torch."""
@@ -25,10 +22,16 @@ class CudaBuildHook(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
 
     def dependencies(self) -> list[str]:
-        """Requirements of this build: NVIDIA's compiler, where the machine has none."""
-        if sys.platform != "linux" or self._kernels().find_nvcc() is not None:
+        """Requirements of this build: NVIDIA's compiler, where the machine has none.
+
+        Of a build from the source distribution, that is. In a checkout installations are editable
+        and compile nothing, and hatchling asks the same question for them.
+        """
+        kernels = self._kernels()
+        in_checkout = not (Path(self.root) / "PKG-INFO").exists()
+        if in_checkout or sys.platform != "linux" or kernels.find_nvcc() is not None:
             return []
-        return [f"nvidia-{name}==13.0.*" for name in COMPILER_WHEELS]
+        return list(kernels.COMPILER_WHEELS)
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build the library, unless the installation is editable."""

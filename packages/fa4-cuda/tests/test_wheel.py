@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,19 @@ from types import ModuleType
 import pytest
 
 PACKAGE = Path(__file__).parents[1]
+
+
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[path.stem]
+    return module
 
 
 def hatchling(
@@ -116,8 +131,28 @@ def test_where_no_compiler_is_found_the_error_names_the_ways_out(
     monkeypatch.setattr(build_kernels, "find_nvcc", lambda: None)
     with pytest.raises(build_kernels.BuildError) as caught:
         build_kernels.build()
-    for way in ("CUDA_HOME", "pip install --only-binary fa4-cuda fa4-cuda", "--no-build-isolation"):
+    for way in ("CUDA_HOME", "pip install --only-binary fa4-cuda", "pip install nvidia-cuda-nvcc"):
         assert way in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("from_sdist", "has_nvcc", "asks"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+    ids=["sdist without nvcc", "sdist with nvcc", "checkout"],
+)
+def test_nvidias_compiler_is_asked_for_where_there_is_none(
+    from_sdist: bool, has_nvcc: bool, asks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copy(PACKAGE / "build_kernels.py", tmp_path)
+    if from_sdist:
+        (tmp_path / "PKG-INFO").touch()
+    hook_module = load_script(PACKAGE / "hatch_build.py")
+    hook = object.__new__(hook_module.CudaBuildHook)
+    kernels = load_script(tmp_path / "build_kernels.py")
+    monkeypatch.setattr(kernels, "find_nvcc", lambda: Path("nvcc") if has_nvcc else None)
+    monkeypatch.setattr(hook_module.CudaBuildHook, "root", str(tmp_path), raising=False)
+    monkeypatch.setattr(hook_module.CudaBuildHook, "_kernels", lambda self: kernels)
+    assert hook.dependencies() == (list(kernels.COMPILER_WHEELS) if asks else [])
 
 
 def test_what_has_not_changed_is_not_compiled_again(
