@@ -1,4 +1,4 @@
-"""Writes wgmma_instructions.cuh: one struct per element type and N, because PTX wants every register named.
+"""Writes wgmma_instructions.cuh: a struct per element type and N, as PTX wants registers named.
 
 Run ``python generate_wgmma.py > wgmma_instructions.cuh`` after a change; a test compares the two.
 """
@@ -15,7 +15,7 @@ def instruction(n: int, ptx_type: str, name: str, b_transposed: int) -> list[str
     a_slots = [f"%{registers + i}" for i in range(a_count)]
     a_text = a_slots[0] if name == "ss" else "{" + ", ".join(a_slots) + "}"
     b_slot = registers + a_count
-    # Behind the accumulate predicate: +A, +B, then, for operands in shared memory, "is it MN-major".
+    # Behind the accumulate predicate: +A, +B, then of operands in shared memory: is it MN-major.
     tail = "1, 1, 0, 0" if name == "ss" else f"1, 1, {b_transposed}"
     a_parameter = "uint64_t a" if name == "ss" else "const uint32_t* a"
     a_inputs = ['"l"(a)'] if name == "ss" else [f'"r"(a[{i}])' for i in range(4)]
@@ -23,7 +23,8 @@ def instruction(n: int, ptx_type: str, name: str, b_transposed: int) -> list[str
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
     inputs = ", ".join([*a_inputs, '"l"(b)', '"r"(accumulate)'])
     return [
-        f"  static __device__ __forceinline__ void {name}(float (&d)[{registers}], {a_parameter}, uint64_t b, int accumulate) {{",
+        f"  static __device__ __forceinline__ void {name}(float (&d)[{registers}], "
+        f"{a_parameter}, uint64_t b, int accumulate) {{",
         '    asm volatile("{\\n.reg .pred p;\\n"',
         f'                 "setp.ne.b32 p, %{b_slot + 1}, 0;\\n"',
         f'                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type} "',
@@ -39,9 +40,9 @@ def main() -> None:
     """Print the header."""
     lines = [
         "// Written by generate_wgmma.py; do not edit.",
-        "//   ss     A and B, both K-major, through descriptors                  S = Q K^T",
-        "//   rs     A in registers, B K-major through a descriptor              S = Q K^T, Q in registers",
-        "//   rs_mn  A in registers, B MN-major (transposed) through a descriptor O += P V",
+        "//   ss     S = Q K^T: A and B through descriptors, K-major",
+        "//   rs     S = Q K^T: A in registers, B through a descriptor, K-major",
+        "//   rs_mn  O += P V:  A in registers, B through a descriptor, MN-major (transposed)",
         "// clang-format off",
         "#pragma once",
         "",

@@ -1,7 +1,7 @@
 // Written by generate_wgmma.py; do not edit.
-//   ss     A and B, both K-major, through descriptors                  S = Q K^T
-//   rs     A in registers, B K-major through a descriptor              S = Q K^T, Q in registers
-//   rs_mn  A in registers, B MN-major (transposed) through a descriptor O += P V
+//   ss     S = Q K^T: A and B through descriptors, K-major
+//   rs     S = Q K^T: A in registers, B through a descriptor, K-major
+//   rs_mn  O += P V:  A in registers, B through a descriptor, MN-major (transposed)
 // clang-format off
 #pragma once
 
