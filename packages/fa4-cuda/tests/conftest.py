@@ -7,69 +7,18 @@ import hashlib
 import importlib.util
 import shutil
 import subprocess
-from ctypes import c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_int32
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from fa4_cuda.library import FUNCTIONS
+from fa4_cuda.library import FUNCTIONS, ForwardArgs, ForwardPlan, TensorArg
 
 PACKAGE = Path(__file__).parents[1]
 CSRC = PACKAGE / "src" / "fa4_cuda" / "csrc"
 CACHE = PACKAGE.parents[1] / ".cache" / "fa4-cuda"
-
-
-class Tensor(ctypes.Structure):
-    """fa4_tensor."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("stride_batch", c_int64),
-        ("stride_seq", c_int64),
-        ("stride_head", c_int64),
-    )
-
-
-class ForwardArgs(ctypes.Structure):
-    """fa4_forward_args."""
-
-    _fields_ = (
-        *((name, Tensor) for name in ("q", "k", "v", "out")),
-        ("lse", c_void_p),
-        ("lse_stride_batch", c_int64),
-        ("lse_stride_head", c_int64),
-        *((name, c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
-        *(
-            (name, c_int32)
-            for name in (
-                *("element", "batch", "heads_q", "heads_k", "head_dim", "seq_q", "seq_k"),
-                *("total_q", "total_k", "causal", "window_left", "window_right"),
-            )
-        ),
-        ("scale", c_float),
-        ("empty_lse", c_float),
-        ("workspace", c_void_p),
-        ("workspace_bytes", c_size_t),
-        ("workspace_is_zero", c_int32),
-        ("stream", c_void_p),
-    )
-
-
-class ForwardPlan(ctypes.Structure):
-    """fa4_forward_plan."""
-
-    _fields_ = (
-        *(
-            (name, c_int32)
-            for name in (
-                *("tile", "packed_heads", "tile_queries", "tiles"),
-                *("grid", "section_keys", "dynamic"),
-            )
-        ),
-        ("workspace_bytes", c_int64),
-    )
 
 
 class ForwardTile(ctypes.Structure):
@@ -87,7 +36,7 @@ class ForwardTile(ctypes.Structure):
 class Planner:
     """The host side of the library, without CUDA."""
 
-    tensor = Tensor
+    tensor = TensorArg
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -122,7 +71,7 @@ class Planner:
             heads = sizes["heads_q" if name in ("q", "out") else "heads_k"]
             seq = sizes["seq_q" if name in ("q", "out") else "seq_k"]
             row = heads * sizes["head_dim"]
-            tensor = Tensor(4096, max(seq, 1) * row, row, sizes["head_dim"])
+            tensor = TensorArg(4096, max(seq, 1) * row, row, sizes["head_dim"])
             setattr(args, name, sizes.pop(name, tensor))
         for name, value in sizes.items():
             setattr(args, name, value)
