@@ -278,7 +278,7 @@ def test_an_op_that_this_torch_has_changed_stays_on_stock() -> None:
     found = found_by(
         "from flash_attention_registry.sdpa import router\n"
         "registry.activate_flash_attention_impl('zeros')\n"
-        "del router._slots['cpu'].routers['" + FORWARD_OP + "']\n"
+        "del router._slots['cpu'].routes['" + FORWARD_OP + "']\n"
         "call = doctor.diagnose().calls[0]\n"
         "show(kernel=call.kernel, reason=call.reason)"
     )

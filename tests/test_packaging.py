@@ -26,6 +26,7 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 CORE = ROOT / "packages/core"
 PROVIDER_GROUP = "flash_attention_registry.providers.v1"
 HOOK_GROUP = "torch.backends"  # whose entry points `import torch` calls at its end
+LICENCES = {"fa4-cuda": "BSD-3-Clause AND LicenseRef-NVIDIA-Proprietary"}  # the CUDA runtime in it
 PROVIDERS = [folder for folder in FOLDERS if folder.name.startswith("fa4-")]
 
 each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -74,7 +75,7 @@ def run_python(*options: str, wheels: list[Path], code: str) -> str:
 
 
 def test_the_packages_are_those_of_the_layout() -> None:
-    assert {folder.name for folder in FOLDERS} == {"core", "fa4-triton", "testkit"}
+    assert {folder.name for folder in FOLDERS} == {"core", "fa4-cuda", "fa4-triton", "testkit"}
 
 
 @each_package
@@ -102,7 +103,8 @@ def test_wheel_holds_every_file_of_its_source(folder: Path, build: Build) -> Non
     files = {
         path.relative_to(source).as_posix()
         for path in source.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        # Of what is compiled the wheel holds the result.
+        if path.is_file() and not {"__pycache__", "csrc"} & set(path.parts)
     }
     assert files <= names_in(build(folder))
 
@@ -110,7 +112,7 @@ def test_wheel_holds_every_file_of_its_source(folder: Path, build: Build) -> Non
 @each_package
 def test_wheel_states_licence_python_and_readme(folder: Path, build: Build) -> None:
     found = metadata(build(folder))
-    assert found["License-Expression"] == "BSD-3-Clause"
+    assert found["License-Expression"] == LICENCES.get(folder.name, "BSD-3-Clause")
     assert found["Requires-Python"] == ">=3.10"
     assert found.get_payload() == (folder / "README.md").read_text(encoding="utf-8")
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fa4_triton import interpreter
-from fa4_triton.arguments import not_served, with_unit_stride
 from fa4_triton.kernel_set import TritonKernels, empty_like, empty_row_stats
 from flash_attention_registry.sdpa import AttentionCall
+from flash_attention_registry.sdpa.direct import not_served, with_unit_stride
 
 __all__ = ["attention", "attention_backward"]
 
@@ -131,7 +131,7 @@ def _served_call(
     )
     reason = _kernels.supports(call)
     if reason is not None:
-        raise not_served(reason)
+        raise not_served(_kernels.name, reason)
     return call
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fa4_triton.arguments import (
+from fa4_triton.custom_ops import attention
+from fa4_triton.provider import NAME
+from flash_attention_registry.sdpa.direct import (
     check_dense,
     check_options,
     check_packed,
     mask_of,
     with_unit_stride,
 )
-from fa4_triton.custom_ops import attention
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
 
@@ -62,7 +63,7 @@ def flash_attn_func(
         ValueError: The tensors do not fit together.
         NotImplementedError: The kernels do not serve such a call.
     """
-    check_options(dropout_p, softcap, alibi_slopes)
+    check_options(NAME, dropout_p, softcap, alibi_slopes)
     check_dense(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
@@ -120,7 +121,7 @@ def flash_attn_varlen_func(
         ValueError: The tensors do not fit together.
         NotImplementedError: The kernels do not serve such a call.
     """
-    check_options(dropout_p, softcap, alibi_slopes, block_table)
+    check_options(NAME, dropout_p, softcap, alibi_slopes, block_table)
     check_packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)

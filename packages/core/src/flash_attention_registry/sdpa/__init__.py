@@ -18,6 +18,7 @@ from flash_attention_registry.default import default_registry
 from .call import AttentionCall
 from .capabilities import Capabilities, Determinism, Feature, KernelSet
 from .counters import DispatchCounts, OpCounts, dispatch_counts, reset_dispatch_counts
+from .native import NativeKernels
 from .router import InstalledKernels, install, installed_kernel_sets, uninstall
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Feature",
     "InstalledKernels",
     "KernelSet",
+    "NativeKernels",
     "OpCounts",
     "dispatch_counts",
     "install",

@@ -11,6 +11,8 @@ from types import MappingProxyType
 from flash_attention_registry.errors import text_of
 from flash_attention_registry.fork import ForkSafeLock
 
+from .native import NativeKernels
+
 __all__ = [
     "DispatchCounts",
     "OpCounter",
@@ -88,12 +90,13 @@ class DispatchCounts(Mapping[str, OpCounts]):
 class OpCounter:
     """Counts calls of one op. Safe from any thread: adding one is no atomic step in Python."""
 
-    __slots__ = ("_declined", "_failures", "_logged", "_served", "op")
+    __slots__ = ("_declined", "_failures", "_logged", "_native", "_served", "op")
 
     def __init__(self, op: str) -> None:
         """Start at zero for `op`."""
         self.op = op
         self._served = 0
+        self._native: list[NativeKernels] = []
         self._declined: dict[str, int] = {}
         self._logged: set[str] = set()
         self._failures: set[tuple[str, type[Exception]]] = set()
@@ -102,6 +105,13 @@ class OpCounter:
         """Count a call that a kernel set ran."""
         with _guard.lock:
             self._served += 1
+
+    def include(self, native: NativeKernels) -> None:
+        """Count what native kernels serve from now on, too; they count for themselves."""
+        with _guard.lock:
+            if native not in self._native:
+                self._native.append(native)
+                self._served -= native.served(self.op)
 
     def count_declined(self, reason: str) -> None:
         """Count a call that goes to stock, and log its reason the first time."""
@@ -133,12 +143,16 @@ class OpCounter:
 
     def counts(self) -> OpCounts:
         """The counts so far; the caller holds the lock."""
-        return OpCounts(self._served, MappingProxyType(dict(self._declined)))
+        served = self._served + self._served_natively()
+        return OpCounts(served, MappingProxyType(dict(self._declined)))
 
     def reset(self) -> None:
         """Back to zero; the caller holds the lock. What was logged or warned of stays so."""
-        self._served = 0
+        self._served = -self._served_natively()
         self._declined = {}
+
+    def _served_natively(self) -> int:
+        return sum(native.served(self.op) for native in self._native)
 
 
 def warn_or_log(text: str) -> None:

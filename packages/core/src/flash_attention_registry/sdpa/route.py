@@ -12,6 +12,7 @@ from flash_attention_registry.environment import STRICT
 from flash_attention_registry.errors import CallDeclinedError
 
 from .counters import OpCounter, warn_or_log
+from .native import NativeKernels, Route
 from .ops import Adapter
 from .serving import ActiveKernels
 from .watch import watches
@@ -31,10 +32,13 @@ class Slot:
         awaiting: What the next call on stock is to do first, until it says that it is done: it may
             install a kernel set.
         library: The `torch.library.Library` that holds the routers, None if they are not in.
-        routers: What torch said about each op's kernel when its router had just been put in.
+        routes: The routers, by op.
+        natives: The native kernels that stand above the routers, switched on or not.
+        texts: What torch said about each op's kernel when it had just been put in: a router, or
+            the native kernel above it.
     """
 
-    __slots__ = ("awaiting", "kernels", "library", "routers")
+    __slots__ = ("awaiting", "kernels", "library", "natives", "routes", "texts")
 
     def __init__(self) -> None:
         """Start on stock, without routers."""
@@ -42,7 +46,17 @@ class Slot:
         self.awaiting: Callable[[], bool] | None = None
         # Any: torch's Library has no annotations.
         self.library: Any = None
-        self.routers: dict[str, str | None] = {}
+        self.routes: dict[str, Route] = {}
+        self.natives: list[NativeKernels] = []
+        self.texts: dict[str, str | None] = {}
+
+    def switch(self, kernels: ActiveKernels | None) -> None:
+        """Install `kernels` and what takes calls for them, in place of what is there."""
+        if self.kernels is not None and self.kernels.native is not None:
+            self.kernels.native.switch(False)
+        self.kernels = kernels
+        if kernels is not None and kernels.native is not None:
+            kernels.native.switch(True)
 
     def settle(self) -> ActiveKernels | None:
         """Do what is awaited and return what is installed then.
@@ -84,7 +98,7 @@ def make_route(
     slot: Slot,
     stock: Callable[..., Any] | None,
     counter: OpCounter,
-) -> Callable[..., Any]:
+) -> Route:
     """Make the Python kernel of one op: it reads the slot, serves or goes to stock.
 
     Args:

@@ -18,6 +18,7 @@ from flash_attention_registry.fork import ForkSafeLock
 
 from .capabilities import KernelSet
 from .counters import counter_of
+from .native import NativeKernels
 from .ops import ROUTED_OPS, difference_to_schema
 from .overrides import (
     forget_python_overrides,
@@ -60,10 +61,12 @@ class InstalledKernels:
         """
         with _guard.lock:
             if self._slot.kernels is self._kernels:
-                self._slot.kernels = None
+                self._slot.switch(None)
 
 
-def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernels:
+def install(
+    kernel_set: KernelSet, device_type: str = "cuda", *, native: NativeKernels | None = None
+) -> InstalledKernels:
     """Serve attention on `device_type` with `kernel_set`, in place of an earlier one.
 
     Takes effect at the next call from any thread, compiled graphs included; needs no GPU and
@@ -73,6 +76,7 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
     Args:
         kernel_set: Serves what its `supports` does not decline; stock runs the rest.
         device_type: `"cuda"` or `"cpu"`.
+        native: Serves calls before they come to a router, while `kernel_set` is installed.
 
     Returns:
         A handle whose `remove()` puts stock back.
@@ -100,13 +104,15 @@ def install(kernel_set: KernelSet, device_type: str = "cuda") -> InstalledKernel
             f"{kernel_set.name} cannot be installed for device type {device_type!r}: its "
             f"capabilities declare {sorted(declared)}"
         )
-    kernels = ActiveKernels(kernel_set, strict=environment.strict())
+    kernels = ActiveKernels(kernel_set, strict=environment.strict(), native=native)
     _warn_of_hidden_routers(device_type, slot)
     warn_of_bypass()
     with _guard.lock:
         if slot.library is None:
             slot.library = _install_routers(device_type, slot)
-        slot.kernels = kernels
+        if native is not None and native not in slot.natives:
+            _put_in(native, device_type, slot)
+        slot.switch(kernels)
     return InstalledKernels(slot, kernels)
 
 
@@ -143,7 +149,7 @@ def routed_ops(device_type: str) -> list[str]:
     Raises:
         ValueError: `device_type` has no routed ops.
     """
-    return list(_slot_of(device_type).routers)
+    return list(_slot_of(device_type).routes)
 
 
 def ops_taken_over(device_type: str) -> list[str]:
@@ -159,7 +165,7 @@ def ops_taken_over(device_type: str) -> list[str]:
     slot = _slot_of(device_type)
     key = ROUTED_OPS[device_type].dispatch_key
     if slot.library is not None:
-        return [op for op, text in slot.routers.items() if kernel_text(op, key) != text]
+        return [op for op, text in slot.texts.items() if kernel_text(op, key) != text]
     return [op for op in ROUTED_OPS[device_type].adapters if is_overridden_from_python(op, key)]
 
 
@@ -183,9 +189,11 @@ def uninstall(device_type: str = "cuda") -> None:
                 "(restore_flash_attention_impl(), or remove() of the handle that install() "
                 "returned)"
             )
+        for native in slot.natives:
+            native.take_out()
         library, slot.library = slot.library, None
         slot.awaiting = None
-        slot.routers = {}
+        slot.routes, slot.natives, slot.texts = {}, [], {}
         if library is not None:
             take_out(library)
 
@@ -209,7 +217,7 @@ def _install_routers(device_type: str, slot: Slot) -> Any:
     routed = ROUTED_OPS[device_type]
     make_library: Any = torch.library.Library
     library = make_library("aten", "IMPL")
-    routers = {}
+    routes, texts = {}, {}
     with warnings.catch_warnings():
         # torch says once per process that a kernel is overridden, which is what we are here for.
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
@@ -231,10 +239,20 @@ def _install_routers(device_type: str, slot: Slot) -> Any:
             stock = _stock_kernel(op, routed.dispatch_key)
             route = make_route(op, routed.dispatch_key, adapter, slot, stock, counter_of(op))
             library.impl(op, route, routed.dispatch_key, with_keyset=True, allow_override=True)
-            routers[op] = kernel_text(op, routed.dispatch_key)
+            routes[op] = route
+            texts[op] = kernel_text(op, routed.dispatch_key)
     forget_python_overrides(library)
-    slot.routers = routers
+    slot.routes, slot.texts = routes, texts
     return library
+
+
+def _put_in(native: NativeKernels, device_type: str, slot: Slot) -> None:
+    """Put native kernels above the routers of `device_type`."""
+    key = ROUTED_OPS[device_type].dispatch_key
+    for op in native.put_in(slot.routes):
+        slot.texts[op] = kernel_text(op, key)
+        counter_of(op).include(native)
+    slot.natives.append(native)
 
 
 def _stock_kernel(op: str, dispatch_key: str) -> Callable[..., Any] | None:

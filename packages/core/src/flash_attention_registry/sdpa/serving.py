@@ -10,6 +10,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .capabilities import KernelSet
 from .checks import reason_of_backward, reason_of_dense
+from .native import NativeKernels
 
 __all__ = [
     "ActiveKernels",
@@ -29,6 +30,7 @@ class ActiveKernels:
 
     Attributes:
         strict: Whether a call that is not served is an error.
+        native: What takes calls before they come to a router, None if nothing does.
     """
 
     __slots__ = (
@@ -36,15 +38,19 @@ class ActiveKernels:
         "forward",
         "kernel_set",
         "name",
+        "native",
         "reason_against_backward",
         "strict",
         "supports",
     )
 
-    def __init__(self, kernel_set: KernelSet, *, strict: bool) -> None:
+    def __init__(
+        self, kernel_set: KernelSet, *, strict: bool, native: NativeKernels | None = None
+    ) -> None:
         """Look up what the router calls."""
         self.kernel_set = kernel_set
         self.strict = strict
+        self.native = native
         self.name = kernel_set.name
         self.supports = kernel_set.supports
         self.forward = kernel_set.forward

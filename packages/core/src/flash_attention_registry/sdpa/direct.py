@@ -1,4 +1,6 @@
-"""Checks of what a caller hands to the functional API, before a kernel may see it.
+"""Direct calls: what the functions known from flash-attn 2 are handed, before a kernel may see it.
+
+For providers that export `flash_attn_func` and `flash_attn_varlen_func`.
 
 A `ValueError` is for arguments that do not fit together, a `NotImplementedError` for what is valid
 and not served. Both say what was asked, what was found and what to do.
@@ -55,12 +57,20 @@ def mask_of(causal: bool, window_size: tuple[int, int]) -> Mask:
 
 
 def check_options(
+    provider: str,
     dropout_p: float,
     softcap: float,
     alibi_slopes: Tensor | None,
     block_table: Tensor | None = None,
 ) -> None:
-    """Refuse what no kernel here computes.
+    """Refuse what cannot be expressed by out and lse of an `AttentionCall`.
+
+    Args:
+        provider: Its name, for the message.
+        dropout_p: Must be 0.
+        softcap: Must be 0.
+        alibi_slopes: Must be None.
+        block_table: Must be None.
 
     Raises:
         NotImplementedError: An option is set.
@@ -75,13 +85,13 @@ def check_options(
             asked.append(name)
     if asked:
         raise NotImplementedError(
-            f"fa4-triton does not serve {', '.join(asked)}; leave it at its default. {_ADVICE}"
+            f"{provider} does not serve {', '.join(asked)}; leave it at its default. {_ADVICE}"
         )
 
 
-def not_served(reason: str) -> NotImplementedError:
-    """The error for a call that the kernel set declines for `reason`."""
-    return NotImplementedError(f"fa4-triton does not serve this call: {reason}. {_ADVICE}")
+def not_served(provider: str, reason: str) -> NotImplementedError:
+    """The error for a call that the kernel set of `provider` declines for `reason`."""
+    return NotImplementedError(f"{provider} does not serve this call: {reason}. {_ADVICE}")
 
 
 def check_dense(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+template fa4::ForwardLauncher fa4::forward_launcher<192>(int tile, Element element);

@@ -1,0 +1,154 @@
+"""The functions known from flash-attn 2, forward, also under `torch.compile`.
+
+What is not served raises instead of running something else: whoever calls a kernel by its name
+wants that kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fa4_cuda.custom_ops import attention
+from fa4_cuda.provider import NAME
+from flash_attention_registry.sdpa.direct import (
+    check_dense,
+    check_options,
+    check_packed,
+    mask_of,
+    not_served,
+    with_unit_stride,
+)
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func"]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Attention of a dense batch, `softmax(scale * Q K^T + mask) V`.
+
+    Query row `i` stands at key `d = i + Sk - Sq` (aligned at the last row and key) and sees the
+    keys from `d - left` to `d + right`. Rows that see no key give 0. Query head `h` reads key head
+    `h // (Hq // Hkv)`.
+
+    Args:
+        q: `[B, Sq, Hq, D]`, float16 or bfloat16, on a Hopper GPU, D a multiple of 8 up to 256. Its
+            address and strides are multiples of 16 bytes; a last dimension that is not contiguous
+            is copied.
+        k: `[B, Sk, Hkv, D]`, Hkv a divisor of Hq.
+        v: Like `k`.
+        dropout_p: Must be 0.
+        softmax_scale: Factor of the scores, of any sign or zero; `D ** -0.5` by default.
+        causal: Hides the keys after the diagonal.
+        window_size: (left, right): keys seen before and after the diagonal, -1 for all.
+        softcap: Must be 0.
+        alibi_slopes: Must be None.
+        deterministic: May be either: it is about gradients.
+        return_attn_probs: Whether to return lse too.
+
+    Returns:
+        out `[B, Sq, Hq, D]`; or, with `return_attn_probs`, `(out, lse, None)` with lse float32
+        `[B, Hq, Sq]`, the natural logarithm of the softmax's denominator, -inf for rows that see no
+        key. None stands where a kernel with dropout returns its mask.
+
+    Raises:
+        ValueError: The tensors do not fit together.
+        NotImplementedError: The kernels do not serve such a call; none with gradients is.
+    """
+    check_options(NAME, dropout_p, softcap, alibi_slopes)
+    check_dense(q, k, v)
+    _refuse_gradients(q, k, v)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    out, lse = attention(q, k, v, None, None, 0, 0, scale, *mask_of(causal, window_size))
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Attention of sequences of different lengths, packed one after another.
+
+    Sequence `b` owns the rows `cu_seqlens[b]` to `cu_seqlens[b + 1]`, and may be empty. Each is
+    aligned at its own end, as `flash_attn_func` says.
+
+    Args:
+        q: `[Tq, Hq, D]`; dtype, head dimension and strides as for `flash_attn_func`.
+        k: `[Tk, Hkv, D]`, Hkv a divisor of Hq.
+        v: Like `k`.
+        cu_seqlens_q: `[B + 1]` int32, rising from 0 to Tq, on the device of `q`.
+        cu_seqlens_k: `[B + 1]` int32, rising from 0 to Tk.
+        max_seqlen_q: Length of the longest sequence of queries, or more. Neither it nor the offsets
+            are checked against one another, which would make the host wait for the device.
+        max_seqlen_k: Likewise for the keys.
+        dropout_p: Must be 0.
+        softmax_scale: As for `flash_attn_func`, as are all that follow but `block_table`.
+        causal: Hides the keys after the diagonal.
+        window_size: (left, right): keys seen before and after the diagonal, -1 for all.
+        softcap: Must be 0.
+        alibi_slopes: Must be None.
+        deterministic: May be either.
+        return_attn_probs: Whether to return lse too.
+        block_table: Must be None.
+
+    Returns:
+        out `[Tq, Hq, D]`; or, with `return_attn_probs`, `(out, lse, None)` with lse float32
+        `[Hq, Tq]`.
+
+    Raises:
+        ValueError: The tensors do not fit together.
+        NotImplementedError: The kernels do not serve such a call; none with gradients is.
+    """
+    check_options(NAME, dropout_p, softcap, alibi_slopes, block_table)
+    check_packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
+    _refuse_gradients(q, k, v)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    out, lse = attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        *mask_of(causal, window_size),
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    """Refuse at once what would fail in the backward."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise not_served(
+            NAME,
+            "a tensor requires gradients, and there are no backward kernels yet; call it under "
+            "torch.no_grad(), or use fa4_triton.flash_attn_func",
+        )

@@ -1,0 +1,168 @@
+"""The C ABI through ctypes, and builds of it that are kept between runs."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+from ctypes import c_int32
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fa4_cuda.library import FUNCTIONS, ForwardArgs, ForwardPlan, TensorArg
+
+PACKAGE = Path(__file__).parents[1]
+CSRC = PACKAGE / "src" / "fa4_cuda" / "csrc"
+CACHE = PACKAGE.parents[1] / ".cache" / "fa4-cuda"
+
+
+class ForwardTile(ctypes.Structure):
+    """fa4_forward_tile."""
+
+    _fields_ = tuple(
+        (name, c_int32)
+        for name in (
+            *("head_dim", "mask", "block_m", "block_n"),
+            *("q_stages", "kv_stages", "shared_bytes"),
+        )
+    )
+
+
+class Planner:
+    """The host side of the library, without CUDA."""
+
+    tensor = TensorArg
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.library.fa4_error_string.restype = ctypes.c_char_p
+
+    def tiles(self) -> list[ForwardTile]:
+        """The tile table."""
+        found: list[ForwardTile] = []
+        while True:
+            tile = ForwardTile()
+            if self.library.fa4_forward_tile_at(len(found), ctypes.byref(tile)) != 0:
+                return found
+            found.append(tile)
+
+    def plan(self, multiprocessors: int = 132, **changes: Any) -> tuple[int, ForwardPlan]:
+        """Status and plan of a dense bf16 call, [2, 1024, 16, 128] unless changed."""
+        sizes: dict[str, Any] = {
+            "element": 1,
+            "batch": 2,
+            "heads_q": 16,
+            "heads_k": changes.get("heads_q", 16),
+            "head_dim": 128,
+            "seq_q": 1024,
+            "seq_k": changes.get("seq_q", 1024),
+            "window_left": -1,
+            "window_right": -1,
+            "scale": 1.0,
+            **changes,
+        }
+        args = ForwardArgs(lse=4096)
+        for name in ("q", "k", "v", "out"):
+            heads = sizes["heads_q" if name in ("q", "out") else "heads_k"]
+            seq = sizes["seq_q" if name in ("q", "out") else "seq_k"]
+            row = heads * sizes["head_dim"]
+            tensor = TensorArg(4096, max(seq, 1) * row, row, sizes["head_dim"])
+            setattr(args, name, sizes.pop(name, tensor))
+        for name, value in sizes.items():
+            setattr(args, name, value)
+        plan = ForwardPlan()
+        status = self.library.fa4_plan_forward(
+            ctypes.byref(args), multiprocessors, ctypes.byref(plan)
+        )
+        return status, plan
+
+
+def load_script(path: Path) -> ModuleType:
+    """A file that is no module of the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest(*paths: Path) -> str:
+    """Names a build by what it is made of."""
+    content = hashlib.sha256()
+    for path in sorted(paths):
+        content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def build_kernels() -> ModuleType:
+    """The build script."""
+    return load_script(PACKAGE / "build_kernels.py")
+
+
+@pytest.fixture(scope="session")
+def planner() -> Planner:
+    """plan.cpp alone, by the host compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    sources = [CSRC / name for name in ("plan.cpp", "plan.h", "api.h", "tiles.h", "element.h")]
+    library = CACHE / f"libplan-{digest(*sources)}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([*command, str(CSRC / "plan.cpp"), "-o", str(library)], check=True)
+    return Planner(ctypes.CDLL(str(library)))
+
+
+@pytest.fixture(scope="session")
+def kernels(build_kernels: ModuleType) -> Path:
+    """The library. Compiling takes minutes, so it is not done here."""
+    if not build_kernels.is_current():
+        pytest.skip("the kernels are not compiled as they are now: hatch run build-cuda")
+    return Path(build_kernels.LIBRARY)
+
+
+@pytest.fixture(scope="session")
+def reports(kernels: Path, build_kernels: ModuleType) -> list[Any]:
+    """What ptxas says of every kernel."""
+    return list(build_kernels.reports())
+
+
+@pytest.fixture(scope="session")
+def on_cpu() -> ctypes.CDLL:
+    """The glue and the planner, by the host compiler, with a CPU for a GPU (cpu_device.cpp)."""
+    pytest.importorskip("torch")
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    glue = CSRC / "glue"
+    sources = [path for path in sorted(glue.glob("*.cpp")) if path.stem != "devices"]
+    sources += [CSRC / "plan.cpp", Path(__file__).with_name("cpu_device.cpp")]
+    headers = [*CSRC.glob("*.h"), *glue.glob("*.h")]
+    target = CACHE / f"libcpu-{digest(*sources, *headers)}.so"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        flags += ["-fvisibility=hidden", "-Wl,-z,defs", f"-I{CSRC}", "-o", str(target)]
+        subprocess.run([compiler, *flags, *map(str, sources)], check=True)
+    found = ctypes.CDLL(str(target))
+    for name, result, parameters in FUNCTIONS:
+        if name != "fa4_driver_version":
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, parameters
+    return found
+
+
+@pytest.fixture(scope="session")
+def native(on_cpu: ctypes.CDLL) -> Any:
+    """Its native kernels; one object, as in every process, since it counts for ever."""
+    from fa4_cuda.native import NativeOps
+
+    return NativeOps(library=lambda: on_cpu)

@@ -1,0 +1,189 @@
+"""Which tile, grid and schedule a call gets: decided from sizes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+OK, INVALID, HEAD_DIM, STRIDE, SIZE = 0, 1, 2, 3, 4
+FULL, CAUSAL, WINDOW = 0, 1, 2
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+def tile_of(planner: Any, **call: Any) -> Any:
+    status, plan = planner.plan(**call)
+    assert status == OK
+    return planner.tiles()[plan.tile]
+
+
+def test_table_has_every_head_dim_and_mask(planner) -> None:
+    rows = {(tile.head_dim, tile.mask) for tile in planner.tiles()}
+    assert rows == {(d, mask) for d in HEAD_DIMS for mask in (FULL, CAUSAL, WINDOW)}
+
+
+def test_tiles_fit_shared_memory(planner) -> None:
+    assert all(tile.shared_bytes <= 227 * 1024 for tile in planner.tiles())
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_head_dims_are_served_by_the_next_tile(planner, head_dim: int) -> None:
+    expected = min(d for d in HEAD_DIMS if d >= head_dim)
+    assert tile_of(planner, head_dim=head_dim).head_dim == expected
+
+
+@pytest.mark.parametrize("head_dim", [0, 4, 12, 100, 264])
+def test_other_head_dims_are_declined(planner, head_dim: int) -> None:
+    assert planner.plan(head_dim=head_dim)[0] == HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("call", "mask"),
+    [
+        ({}, FULL),
+        ({"causal": 1}, CAUSAL),
+        ({"causal": 1, "window_right": 5}, CAUSAL),
+        ({"window_right": 0}, CAUSAL),
+        ({"window_left": 100}, WINDOW),
+        ({"window_left": 100, "causal": 1}, WINDOW),
+        # Windows as wide as the sequence hide nothing.
+        ({"window_left": 1023, "window_right": 1023}, FULL),
+        ({"window_left": 1022, "window_right": 1022}, WINDOW),
+        ({"window_left": 1023, "causal": 1}, CAUSAL),
+        ({"seq_q": 1, "seq_k": 4096, "causal": 1}, FULL),
+    ],
+)
+def test_mask_is_the_least_that_is_needed(planner, call: dict[str, Any], mask: int) -> None:
+    assert tile_of(planner, **call).mask == mask
+
+
+def test_grid_is_the_multiprocessors_or_the_tiles_if_fewer(planner) -> None:
+    assert planner.plan()[1].grid == 132
+    few = planner.plan(batch=1, heads_q=2, seq_q=64)[1]
+    assert few.tiles == 2
+    assert few.grid == 2
+
+
+def test_every_query_is_in_a_tile(planner) -> None:
+    for seq in (1, 63, 64, 65, 127, 128, 129, 1000):
+        plan = planner.plan(seq_q=seq, batch=3, heads_q=5)[1]
+        assert plan.tiles == -(-seq // plan.tile_queries) * 3 * 5
+
+
+def test_nothing_to_do_is_no_tiles(planner) -> None:
+    for empty in ({"seq_q": 0}, {"batch": 0}, {"heads_q": 0, "heads_k": 0}):
+        status, plan = planner.plan(**empty)
+        assert (status, plan.tiles) == (OK, 0)
+
+
+def test_no_keys_still_write_their_rows(planner) -> None:
+    assert planner.plan(seq_k=0)[1].tiles > 0
+
+
+def test_query_heads_of_a_group_share_a_tile_when_queries_are_few(planner) -> None:
+    assert planner.plan(heads_q=32, heads_k=8, seq_q=1, seq_k=4096)[1].packed_heads == 4
+    assert planner.plan(heads_q=32, heads_k=8, seq_q=4096)[1].packed_heads == 1
+    assert planner.plan(heads_q=32, heads_k=32, seq_q=1, seq_k=4096)[1].packed_heads == 1
+
+
+def test_groups_larger_than_a_slab_are_not_packed(planner) -> None:
+    assert planner.plan(heads_q=65, heads_k=1, seq_q=1, seq_k=512)[1].packed_heads == 1
+
+
+def test_tiles_of_different_length_are_drawn_and_equal_ones_are_dealt(planner) -> None:
+    def dynamic(**call: Any) -> bool:
+        plan = planner.plan(**call)[1]
+        assert plan.workspace_bytes == (16 if plan.dynamic else 0)
+        return bool(plan.dynamic)
+
+    assert not dynamic()
+    assert not dynamic(seq_q=113, seq_k=4093)  # one tile a head
+    assert dynamic(seq_q=1000)  # the last of each head is short
+    assert dynamic(causal=1)
+    assert dynamic(window_left=100)
+    assert dynamic(seqused_k=4096)
+
+
+def test_sections_hold_at_most_sixteen_heads_of_keys(planner) -> None:
+    assert planner.plan(causal=1)[1].section_keys == 16 * 1024
+    assert planner.plan(causal=1, heads_q=16, heads_k=4)[1].section_keys == 4 * 16 * 1024
+    assert planner.plan()[1].section_keys == 0
+
+
+def test_sections_hold_the_keys_that_fit_l2(planner) -> None:
+    # 32 MB of K and V at head_dim 128 in two bytes: 64k keys, of heads that do not share them.
+    assert planner.plan(causal=1, seq_q=16384)[1].section_keys == 65536
+
+
+def test_sections_of_very_many_shared_heads_do_not_overflow(planner) -> None:
+    plan = planner.plan(causal=1, heads_q=2**14, heads_k=1, head_dim=8, seq_q=2**18)[1]
+    assert plan.section_keys == 2**31 - 1
+
+
+def packed(**changes: Any) -> dict[str, Any]:
+    return {
+        "batch": 5,
+        "seq_q": 8192,
+        "total_q": 16384,
+        "total_k": 16384,
+        "cu_seqlens_q": 4096,
+        "cu_seqlens_k": 4096,
+        **changes,
+    }
+
+
+def test_packed_sequences_have_a_table_and_at_most_one_short_tile_each(planner) -> None:
+    plan = planner.plan(**packed())[1]
+    assert plan.dynamic
+    assert plan.workspace_bytes == 16 + 4 * (2 * 5 + 1)
+    assert plan.tiles == (16384 // plan.tile_queries + 5) * 16
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"element": 2},
+        {"heads_q": 6, "heads_k": 4},
+        {"seq_q": -1, "seq_k": 5},
+        packed(cu_seqlens_k=0),
+        packed(total_q=-1),
+        {"lse": 0},
+    ],
+)
+def test_contradictions_are_named(planner, call: dict[str, Any]) -> None:
+    assert planner.plan(**call)[0] == INVALID
+
+
+@pytest.mark.parametrize("tensor", ["q", "k", "v", "out"])
+@pytest.mark.parametrize(
+    ("data", "stride_batch", "stride_seq", "stride_head"),
+    [
+        (4104, 2**21, 2048, 128),
+        (4096, 2**21, 2044, 128),
+        (4096, 2**21, 2048, -128),
+        (4096, 2**39, 2048, 128),
+        (4096, 2**21 + 1, 2048, 128),
+    ],
+)
+def test_what_the_copy_engine_cannot_address_is_declined(
+    planner, tensor: str, data: int, stride_batch: int, stride_seq: int, stride_head: int
+) -> None:
+    view = planner.tensor(data, stride_batch, stride_seq, stride_head)
+    assert planner.plan(**{tensor: view})[0] == STRIDE
+
+
+def test_strides_of_dimensions_of_one_do_not_matter(planner) -> None:
+    view = planner.tensor(4096, 3, 2048, 7)
+    status, _ = planner.plan(batch=1, heads_q=1, q=view)
+    assert status == OK
+
+
+def test_too_many_rows_are_declined(planner) -> None:
+    assert planner.plan(seq_q=2**30)[0] == SIZE
+    assert planner.plan(seq_q=2**20, batch=2**10, heads_q=2**8)[0] == SIZE
+
+
+def test_statuses_have_sentences(planner) -> None:
+    texts = {planner.library.fa4_error_string(status) for status in range(8)}
+    assert len(texts) == 8
+    assert b"CUDA call failed" in planner.library.fa4_error_string(-1)
