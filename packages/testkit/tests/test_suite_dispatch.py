@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import pytest
 import torch
@@ -24,7 +24,14 @@ from plain_kernel_set import PlainKernelSet
 # Inner runs forget what they were the first to import, and torch's ops keep one set of routers.
 import flash_attention_testkit.standalone  # noqa: F401
 from flash_attention_registry import default_registry, register_flash_attention_impl
-from flash_attention_registry.sdpa import AttentionCall, Capabilities, cpu, flash_general, install
+from flash_attention_registry.sdpa import (
+    AttentionCall,
+    Capabilities,
+    Feature,
+    cpu,
+    flash_general,
+    install,
+)
 from flash_attention_testkit.suite.dispatch import DispatchTests
 
 pytest_plugins = ["pytester"]
@@ -223,10 +230,120 @@ def test_gradients_that_are_served_undeclared_are_found(
     assert run(ForwardsOnly).failed == {"test_undeclared_gradients_are_torchs_own"}
 
 
+# Features that few declare
+
+
+class EverythingKernels(PlainKernelSet):
+    """Declares every feature; what they ask for is one bias on the scores of all keys."""
+
+    key_block = 1 << 20
+    capabilities = replace(DECLARED, features=frozenset(get_args(Feature)))
+
+    def operands(self, call: AttentionCall) -> Any:
+        return super().operands(self.gathered(call))
+
+    def visible(self, call: AttentionCall) -> Tensor:
+        return super().visible(self.gathered(call))
+
+    def scores(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        return super().scores(call, query, key) + self.bias(call, query, key)
+
+    def gathered(self, call: AttentionCall) -> AttentionCall:
+        """The call of one sequence, without pages."""
+        if call.block_table is None:
+            return call
+        pages = call.block_table[0].long()
+        key, value = (x[pages].flatten(0, 1)[: call.max_seqlen_key] for x in (call.key, call.value))
+        return call._replace(key=key, value=value)
+
+    def bias(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        rows, keys = query.shape[-2], key.shape[-2]
+        bias = query.new_zeros(1, 1, rows, keys)
+        if call.attn_bias is not None:
+            bias = bias + call.attn_bias
+        if call.alibi_slopes is not None:
+            distance = torch.arange(rows)[:, None] + keys - rows - torch.arange(keys)
+            slopes = call.alibi_slopes.view(-1, query.shape[1], 1, 1)
+            bias = bias - slopes * distance.abs()
+        if call.seqused_key is not None:
+            behind = torch.arange(keys) >= call.seqused_key.view(-1, 1, 1, 1)
+            bias = bias.masked_fill(behind, -torch.inf)
+        return bias
+
+
+class IgnoresBias(EverythingKernels):
+    def bias(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        return super().bias(call._replace(attn_bias=None), query, key)
+
+
+class ScalesBias(EverythingKernels):
+    def bias(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        bias = call.attn_bias
+        bias = None if bias is None else bias * call.scale
+        return super().bias(call._replace(attn_bias=bias), query, key)
+
+
+class ForgetsBiasInTheBackward(EverythingKernels):
+    def backward(self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Any:
+        return super().backward(call._replace(attn_bias=None), grad_out, out, lse)
+
+
+class CountsSlopesFromTheFirstKey(EverythingKernels):
+    def bias(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        slopes = call.alibi_slopes
+        if slopes is None:
+            return super().bias(call, query, key)
+        distance = torch.arange(query.shape[-2])[:, None] - torch.arange(key.shape[-2])
+        return -slopes.view(-1, query.shape[1], 1, 1) * distance.abs()
+
+
+class TakesOneLengthForAll(EverythingKernels):
+    def bias(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        used = call.seqused_key
+        used = None if used is None else used.amax().expand(used.shape)
+        return super().bias(call._replace(seqused_key=used), query, key)
+
+
+class LosesASplit(EverythingKernels):
+    def visible(self, call: AttentionCall) -> Tensor:
+        visible = super().visible(call)
+        if call.num_splits is not None:
+            visible[:, : visible.shape[1] // call.num_splits] = False
+        return visible
+
+
+class TakesPagesInOrder(EverythingKernels):
+    def gathered(self, call: AttentionCall) -> AttentionCall:
+        table = call.block_table
+        table = None if table is None else table.sort().values
+        return super().gathered(call._replace(block_table=table))
+
+
+EXTRAS = {
+    EverythingKernels: set(),
+    IgnoresBias: {
+        "test_attn_bias_is_added_to_scaled_scores",
+        "test_attn_bias_of_minus_infinity_hides_keys",
+        "test_attn_bias_of_minus_infinity_hides_keys_from_gradients",
+    },
+    ScalesBias: {"test_attn_bias_is_added_to_scaled_scores"},
+    ForgetsBiasInTheBackward: {"test_attn_bias_of_minus_infinity_hides_keys_from_gradients"},
+    CountsSlopesFromTheFirstKey: {"test_alibi_slopes_count_from_the_diagonal"},
+    TakesOneLengthForAll: {"test_seqused_key_hides_the_keys_behind"},
+    LosesASplit: {"test_num_splits_changes_no_result"},
+    TakesPagesInOrder: {"test_block_table_says_where_the_keys_are"},
+}
+
+
+@pytest.mark.parametrize("kernel_set", EXTRAS, ids=lambda kernel_set: kernel_set.__name__)
+def test_features_that_few_declare_are_tested_too(run: Run, kernel_set: type) -> None:
+    assert run(kernel_set).failed == EXTRAS[kernel_set]
+
+
 def test_there_is_a_fault_for_every_test() -> None:
     tests = {name for name in dir(DispatchTests) if name.startswith("test_")}
     found = {test.partition("[")[0] for fault in BROKEN.values() for test in fault.expected}
-    found |= set().union(*FOUND_BY.values(), *ADAPTERS.values())
+    found |= set().union(*FOUND_BY.values(), *ADAPTERS.values(), *EXTRAS.values())
     assert tests - found == {
         "test_standard_tests_are_not_overridden",  # see test_suite_base.py
         "test_undeclared_gradients_are_torchs_own",  # see the test before this one

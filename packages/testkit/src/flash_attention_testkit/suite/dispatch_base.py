@@ -75,6 +75,7 @@ def problem(
     op: Op | None = None,
     *,
     lengths: str = "fewer rows",
+    batch: int = 1,
     options: AttentionOptions | None = None,
     **changes: Any,
 ) -> SdpaInputs:
@@ -84,6 +85,7 @@ def problem(
         subject: For what it declares.
         op: Packed or not; without one the problem is a dense batch.
         lengths: A key of ``LENGTHS``.
+        batch: Of a dense problem.
         options: What the attention options are to be, beside the offsets of packed sequences.
         **changes: Of the case.
     """
@@ -92,12 +94,14 @@ def problem(
     rows, keys = (max(side) for side in zip(*pairs, strict=True)) if packed else pairs[0]
     if changes.get("layout") == "packed QKV slice":
         rows, pairs = keys, tuple((keys, keys) for _, keys in pairs)
+    # Expanded keys are one head for several; all else shows with few heads too.
+    heads = 4 if changes.get("layout") == "expanded" else 2
     grouped = "gqa" in subject.capabilities.features
     head_dim, dtype = usual_form(subject)
     measures: dict[str, Any] = {
-        "batch": len(pairs) if packed else 2,
-        "heads": 4,
-        "kv_heads": 2 if grouped else 4,
+        "batch": len(pairs) if packed else batch,
+        "heads": heads,
+        "kv_heads": heads // 2 if grouped else heads,
         "seq_q": rows,
         "seq_k": keys,
         "head_dim": head_dim,

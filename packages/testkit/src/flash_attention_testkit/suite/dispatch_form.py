@@ -116,7 +116,7 @@ class FormTests(OpTests):
         """Results are the caller's to keep."""
         first = tensors_in(call_op(op.forward, _forward_of(subject, op)))
         kept = [_bits(tensor) for tensor in first]
-        other = problem(subject, op)
+        other = problem(subject, op, batch=2)
         call_op(op.forward, forward_arguments(op, replace(other, query=-2 * other.query)))
         unchanged = _all_equal([_bits(tensor) for tensor in first], kept)
         assert unchanged, "a second call has written to what the first had returned"
@@ -129,7 +129,7 @@ class FormTests(OpTests):
         name, arguments = _backward_of(subject, op, call_op)
         first = tensors_in(call_op(name, arguments))
         kept = [_bits(tensor) for tensor in first]
-        other = problem(subject, op)
+        other = problem(subject, op, batch=2)
         other = replace(other, grad_out=-2 * other.grad_out)
         call_op(name, backward_arguments(op, other, call_op))
         unchanged = _all_equal([_bits(tensor) for tensor in first], kept)
@@ -138,7 +138,7 @@ class FormTests(OpTests):
     @pytest.mark.parametrize("lies", ["rows first", "heads first", "in wider rows"])
     def test_given_out_is_written_as_it_lies(self, subject: Subject, lies: str) -> None:
         """The kernel set fills the caller's tensor, whatever its strides, and nothing beside it."""
-        inputs = problem(subject)
+        inputs = problem(subject, batch=2)
         batch, rows, heads, width = inputs.query.shape
         if lies == "heads first":
             out = inputs.query.new_full((batch, heads, rows, width), torch.nan).transpose(1, 2)
@@ -166,7 +166,7 @@ class FormTests(OpTests):
 
 
 def _forward_of(subject: Subject, op: Op, layout: Layout = "BSHD") -> Arguments:
-    return forward_arguments(op, problem(subject, op, layout=_possible(op, layout)))
+    return forward_arguments(op, problem(subject, op, batch=2, layout=_possible(op, layout)))
 
 
 def _backward_of(
@@ -175,7 +175,7 @@ def _backward_of(
     """Name and arguments of the op's backward; skipped if gradients are not declared."""
     skip_unless_declared(subject, "backward")
     assert op.backward is not None
-    inputs = problem(subject, op, layout=_possible(op, layout))
+    inputs = problem(subject, op, batch=2, layout=_possible(op, layout))
     return op.backward, backward_arguments(op, inputs, call_op)
 
 

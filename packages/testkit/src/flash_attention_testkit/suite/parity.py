@@ -108,7 +108,9 @@ class ParityTests(MaskTests):
         if not judged:
             pytest.skip(f"{subject.name} declares neither bf16 nor fp16, which the rule is for")
         declared = replace(subject.capabilities, dtypes=judged)
-        examples = 200 if grid_name(pytestconfig) == "exhaustive" else 12
+        examples = 6 if subject.device.type == "cuda" else 12  # a GPU compiles for each of them
+        if grid_name(pytestconfig) == "exhaustive":
+            examples = 200
 
         @seed(subject.seed)
         @settings(

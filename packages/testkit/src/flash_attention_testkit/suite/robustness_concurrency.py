@@ -119,8 +119,8 @@ class ConcurrencyTests(ProviderTestsBase):
         for inputs, (_, captured), right in zip(problems, graphs, expected, strict=True):
             assert_same(captured, right, inputs)
 
-    def test_the_device_need_not_be_the_current_one(self, subject: Subject) -> None:
-        """Tensors on another device than the first, as the router calls: that device current."""
+    def test_a_second_device_gives_the_same(self, subject: Subject) -> None:
+        """Called as the router calls, with the device of the tensors current."""
         needs_cuda(subject)
         if torch.cuda.device_count() < 2:
             pytest.skip("needs a second CUDA device")

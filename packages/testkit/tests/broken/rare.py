@@ -1,0 +1,120 @@
+"""Kernel sets that are wrong for few problems alone, as real kernels have been."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from plain_kernel_set import LOWEST, PlainKernelSet
+from torch import Tensor
+
+from broken.promises import (
+    BACKWARD,
+    DV,
+    EVERYTHING,
+    OUT,
+    TORCH,
+    VALUES_COME_FROM,
+    ZERO_SCALE,
+    of,
+)
+from broken.table import found_by
+from flash_attention_registry.sdpa import AttentionCall
+
+
+@found_by(*of("*x257-*", EVERYTHING))
+class SeesNoKeyBehindThe256th(PlainKernelSet):
+    """The number of a key fits in eight bits."""
+
+    def visible(self, call: AttentionCall) -> Tensor:
+        keys = torch.arange(call.key.shape[-3], device=call.key.device)
+        return super().visible(call) & (keys < 256)
+
+
+@found_by(*of("*x257-*", EVERYTHING))
+class LosesABlockOfOneKey(PlainKernelSet):
+    """Behind whole blocks of 128, of which it takes one too few."""
+
+    def key_blocks(self, call: AttentionCall) -> Iterator[slice]:
+        keys = call.key.shape[-3]
+        blocks = list(super().key_blocks(call))
+        yield from blocks[:-1] if keys > 128 and keys % 128 == 1 else blocks
+
+
+@found_by(*of("*-1x129x257-*", (*OUT, *BACKWARD)))
+class LosesABlockOfOneRow(PlainKernelSet):
+    """Likewise, of rows."""
+
+    def store(self, wide: Tensor, like: Tensor, into: Tensor | None = None) -> Tensor:
+        rows = wide.shape[2]
+        if rows > 128 and rows % 128 == 1:
+            wide = torch.cat([wide[:, :, :-1], torch.zeros_like(wide[:, :, -1:])], 2)
+        return super().store(wide, like, into)
+
+
+@found_by(*of("*-h3kv1-*", EVERYTHING))
+class ThirdHeadOfAGroupReadsTheQueryOfTheSecond(PlainKernelSet):
+    def operands(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().operands(call)
+        if call.query.shape[-2] == 3 * call.key.shape[-2]:
+            query[:, 2::3] = query[:, 1::3]
+        return query, key, value
+
+
+@found_by(*of("*-2x113x*", DV))
+class DvOfTheSecondSequenceIsTheFirsts(PlainKernelSet):
+    def store_dv(self, call: AttentionCall, dv: Tensor) -> Tensor:
+        return super().store_dv(call, dv if len(dv) == 1 else dv[[0, *range(len(dv) - 1)]])
+
+
+class SubtractsTheLowestScore(PlainKernelSet):
+    def higher(self, top: Tensor, scores: Tensor) -> Tensor:
+        lowest = scores.masked_fill(scores.isneginf(), torch.inf).amin(-1, keepdim=True)
+        lowest = torch.minimum(lowest, top.masked_fill(top == LOWEST, torch.inf))
+        return torch.where(lowest.isinf(), top, lowest)
+
+
+@found_by("test_large_scores_stay_finite[-1.0]")
+class TakesTheHighestScoreBeforeTheScale(PlainKernelSet):
+    """Times a negative scale that is the lowest one, and large scores overflow."""
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        kernels = SubtractsTheLowestScore() if call.scale < 0 else super()
+        return kernels.forward(call)
+
+
+@found_by(*of("*-2x65x97-h4kv2-*", EVERYTHING), also=(*TORCH, ZERO_SCALE))
+class FindsASequencesKeysByTheHeadsOfTheQuery(PlainKernelSet):
+    """The batch's stride of the key is computed, and from the wrong number of heads."""
+
+    def operands(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().operands(call)
+        batch, heads, kv_heads = len(query), call.query.shape[-2], call.key.shape[-2]
+        if heads == kv_heads:
+            return query, key, value
+        first = torch.arange(batch)[:, None] * heads  # and not kv_heads
+        place = (first + torch.arange(heads) * kv_heads // heads) % (batch * kv_heads)
+        loaded = (self.load(x).flatten(0, 1)[place] for x in (call.key, call.value))
+        return query, *loaded
+
+
+@found_by(*of("*-d80-*", EVERYTHING))
+class DropsTheColumnsBehindWholeVectors(PlainKernelSet):
+    """A head_dim of 80 is two vectors of 32 and a rest."""
+
+    def scores(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        width = query.shape[-1] // 32 * 32 or query.shape[-1]
+        return super().scores(call, query[..., :width], key[..., :width])
+
+
+@found_by(*of("*-1x150x97-*-causal-*", BACKWARD), f"{VALUES_COME_FROM}[causal-*]", also=BACKWARD)
+class BackwardAlignsAtTheTopLeft(PlainKernelSet):
+    """Which is the same but for unequal lengths."""
+
+    def backward(
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        more = call.query.shape[-3] - call.key.shape[-3]
+        if call.causal and call.cu_seqlens_query is None:
+            call = call._replace(causal=False, window_right=more)
+        return super().backward(call, grad_out, out, lse)
