@@ -205,16 +205,11 @@ def test_no_other_private_name_of_torch_is_used() -> None:
 
 
 def test_they_are_used_where_their_forms_are_checked() -> None:
-    elsewhere = {
-        name: files - {"sdpa/torch_internals.py"}
-        for name, files in names_used().items()
-        if name in HOLDS
-    }
-    of_the_dispatcher = ["_impls", "_op_impls", "_destroy", "_schema", "_fused_sdp_choice"]
-    assert [elsewhere[name] for name in of_the_dispatcher] == [set()] * len(of_the_dispatcher)
-    assert all(
-        file.startswith("torch_") for name in HOLDS for file in elsewhere[name]
-    )  # the rooms of torch's registry
+    rooms = {"sdpa/torch_internals.py", "torch_state.py", "torch_impls.py"}
+    used = {name: files for name, files in names_used().items() if name in HOLDS}
+    elsewhere = {name: files - rooms for name, files in used.items() if files - rooms}
+    # Where the doctor only looks whether an import had come that far.
+    assert elsewhere == {"torch._C": {"doctor/__init__.py"}}
 
 
 # What happens without them; of torch's registry, tests of `torch_registry` show it
