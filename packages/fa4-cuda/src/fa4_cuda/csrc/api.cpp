@@ -133,6 +133,18 @@ int plan_for_device(const fa4_forward_args& args, fa4_forward_plan& plan) {
   return FA4_OK;
 }
 
+// Tensor maps are encoded in the context of the calling thread, and a thread that has not used CUDA
+// yet has none: torch's allocator may have given it memory from its cache.
+cudaError_t enter_context() {
+  static thread_local bool entered = false;
+  if (entered) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  entered = error == cudaSuccess;
+  return error;
+}
+
 int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
   if (plan.tiles == 0) return FA4_OK;
   if (plan.workspace_bytes > 0 &&
@@ -141,6 +153,7 @@ int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
     return FA4_WORKSPACE_TOO_SMALL;
   }
   if (encode_tiled() == nullptr) return FA4_DRIVER_WITHOUT_TENSOR_MAP;
+  if (const cudaError_t error = enter_context(); error != cudaSuccess) return -error;
 
   const bool packed = args.cu_seqlens_q != nullptr;
   const ForwardTile& tile = kForwardTiles[plan.tile];
