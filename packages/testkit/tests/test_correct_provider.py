@@ -29,7 +29,7 @@ every_seed = pytest.mark.parametrize("seed", range(20))
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
-    """The runs that are asked for: of all tests for one seed, of those of numbers for the others."""
+    """The runs that are asked for: all tests for one seed, those of numbers for the others."""
     gpu = request.param
     with processes(gpu=gpu) as pool:
         yield {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -34,6 +35,14 @@ PROVIDER = """
         register_flash_attention_impl(name, register_fn=lambda: Handle(name, REMOVED, broken))
         activate_flash_attention_impl(name)
 """
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """In inner runs the second test sees what the first has left, and all share one ``sdpa``."""
+    importlib.import_module("flash_attention_registry.sdpa")  # else each run has one of its own
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")
+    return pytester
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 
@@ -31,6 +32,14 @@ OVERRIDE = """
         libraries.append(library)
         return library
 """
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """In inner runs the second test sees what the first has left, and all share one ``sdpa``."""
+    importlib.import_module("flash_attention_registry.sdpa")  # else each run has one of its own
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")
+    return pytester
 
 
 @pytest.fixture(autouse=True)

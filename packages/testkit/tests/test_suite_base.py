@@ -320,7 +320,7 @@ def test_the_grid_depends_on_the_device_unless_asked_for(
                 CASES.add(case)
 
         def test_more_were_all():
-            assert len(CASES) == {len(case_grid(grid, None))}  # type: ignore[arg-type]
+            assert len(CASES) == {len(case_grid(grid, None))}
         """
     )
     option = [] if asked is None else ["--flash-attention-grid", asked]

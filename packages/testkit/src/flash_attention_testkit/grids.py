@@ -98,6 +98,7 @@ def _quick(capabilities: Capabilities) -> Iterator[SdpaCase]:
     yield from (replace(base, **mask) for mask in _MASKS[2:])
     grouped = replace(base, heads=4, causal=True)
     yield grouped
+    yield replace(grouped, seq_q=1, seq_k=130)  # where a group's heads may be taken for rows
     yield replace(grouped, batch=2, window_left=30, seq_q=65, seq_k=97)
     yield _packed(grouped)
     yield replace(_packed(base), window_left=9, window_right=70)

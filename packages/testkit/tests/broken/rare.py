@@ -118,3 +118,43 @@ class BackwardAlignsAtTheTopLeft(PlainKernelSet):
         if call.causal and call.cu_seqlens_query is None:
             call = call._replace(causal=False, window_right=more)
         return super().backward(call, grad_out, out, lse)
+
+
+@found_by(*of("*-1x1x130-h4kv2-*", EVERYTHING))
+class TakesHeadsForRowsInTheWrongOrder(PlainKernelSet):
+    """The heads of a group where each has one row, as kernels for decoding do."""
+
+    def operands(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().operands(call)
+        heads, kv_heads = call.query.shape[-2], call.key.shape[-2]
+        if query.shape[2] == 1 and heads > kv_heads > 1:
+            rows = query.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, 1, D]
+            query = rows.transpose(1, 2).flatten(1, 2)
+        return query, key, value
+
+
+@found_by(*of("fp16-*", OUT))
+class RoundsToBf16WhateverTheInputs(PlainKernelSet):
+    def rounded(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        return weights.bfloat16().float()
+
+
+@found_by("test_longest_lengths_are_bounds")
+class AlignsAtTheLongestSequence(PlainKernelSet):
+    """Instead of each sequence's own end, by what the longest falls short of what was said."""
+
+    def distance_from_diagonal(self, call: AttentionCall) -> Tensor:
+        distance = super().distance_from_diagonal(call)
+        if call.cu_seqlens_query is None or call.cu_seqlens_key is None:
+            return distance
+        short = call.max_seqlen_key - call.cu_seqlens_key.diff().max()
+        return distance - short
+
+
+@found_by("test_inputs_may_be_one_tensor")
+class TakesDkForDvWhereKeyIsValue(PlainKernelSet):
+    def backward(
+        self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = super().backward(call, grad_out, out, lse)
+        return dq, dk, dk if call.key.data_ptr() == call.value.data_ptr() else dv

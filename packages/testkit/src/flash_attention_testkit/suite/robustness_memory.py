@@ -17,6 +17,7 @@ from flash_attention_testkit.suite._findings import assert_same
 from flash_attention_testkit.suite._subject import Subject, call_of
 from flash_attention_testkit.suite.robustness_base import (
     PACKED,
+    assert_same_or_declined,
     assert_same_results,
     free_memory,
     masked,
@@ -63,6 +64,13 @@ class MemoryTests(ProviderTestsBase):
         query, key, value = projection.split(heads, 1)
         assert_same_results(subject, replace(plain, query=query, key=key, value=value), plain)
 
+    def test_inputs_may_be_one_tensor(self, subject: Subject) -> None:
+        """Query, key and value have one address, and gradients of their own."""
+        plain = problem(subject, heads=2, kv_heads=2, seq_q=97)
+        one = replace(plain, key=plain.query, value=plain.query)
+        copies = replace(plain, key=plain.query.clone(), value=plain.query.clone())
+        assert_same_results(subject, one, copies)
+
     @pytest.mark.parametrize("axis", ["batch", "rows", "heads"])
     def test_inputs_may_be_expanded(self, subject: Subject, axis: str) -> None:
         """All sequences, rows or heads are one in memory: a stride of 0."""
@@ -76,14 +84,14 @@ class MemoryTests(ProviderTestsBase):
         assert_same_results(subject, expanded, _laid_out(expanded, _contiguous))
 
     def test_inputs_may_be_misaligned(self, subject: Subject) -> None:
-        """Tensors begin one element behind a multiple of 16 bytes."""
+        """Tensors begin one element behind a multiple of 16 bytes; declined, or served right."""
         plain = problem(subject)
-        assert_same_results(subject, _laid_out(plain, lambda x: _slice(x, before=1)), plain)
+        assert_same_or_declined(subject, _laid_out(plain, lambda x: _slice(x, before=1)), plain)
 
     def test_rows_may_be_apart_by_odd_numbers_of_elements(self, subject: Subject) -> None:
-        """No row but the first begins at a multiple of 16 bytes."""
+        """No row but the first begins at a multiple of 16 bytes; declined, or served right."""
         plain = problem(subject)
-        assert_same_results(subject, _laid_out(plain, lambda x: _slice(x, wider=3)), plain)
+        assert_same_or_declined(subject, _laid_out(plain, lambda x: _slice(x, wider=3)), plain)
 
     def test_grad_out_may_be_expanded(self, subject: Subject) -> None:
         """As the gradient of a mean over heads is: one head in memory."""
@@ -94,13 +102,18 @@ class MemoryTests(ProviderTestsBase):
         assert_same_results(subject, inputs, replace(plain, grad_out=expanded.contiguous()))
 
     def test_out_may_have_any_strides(self, subject: Subject) -> None:
-        """Out goes where the caller wants it, and nothing is written beside it."""
+        """Out goes where the caller wants it, or is declined; nothing is written beside it."""
         plain = problem(subject)
         batch, rows, heads, head_dim = plain.query.shape
         around = plain.query.new_full((batch, heads, rows + 20, head_dim + 9), NAN).transpose(1, 2)
         target = around[:, 5 : 5 + rows, :, 1 : 1 + head_dim]
+        call = call_of(plain, out=target)
+        reason = subject.kernel_set.supports(call)
+        if reason is not None:
+            assert reason.strip(), f"{subject.name} declines without a reason"
+            return
         with torch.no_grad():
-            out, _ = subject.kernel_set.forward(call_of(plain, out=target))
+            out, _ = subject.kernel_set.forward(call)
         assert_same({"out": out}, {"out": run(subject, plain)["out"]}, plain)
         target.fill_(NAN)
         assert around.isnan().all(), "something is written beside out"
@@ -142,6 +155,16 @@ class MemoryTests(ProviderTestsBase):
         more = ((0, 0), (33, 65), (0, 0), (0, 0), (1, 97), (70, 70), (0, 0))
         inputs = problem(subject, lengths=more)
         assert_same_results(subject, inputs, plain)
+
+    def test_longest_lengths_are_bounds(self, subject: Subject) -> None:
+        """``max_seqlen_query`` and ``max_seqlen_key`` may be larger than any sequence is."""
+        inputs = problem(subject, lengths=PACKED, **masked(subject, causal=True))
+        call = call_of(inputs)
+        larger = call._replace(
+            max_seqlen_query=call.max_seqlen_query + 130, max_seqlen_key=call.max_seqlen_key + 57
+        )
+        found = run_call(subject, larger, inputs.grad_out)
+        assert_same(found, run_call(subject, call, inputs.grad_out), inputs)
 
     def test_rows_without_keys_are_zero(self, subject: Subject) -> None:
         """Out and dq are 0 in packed sequences without keys, dk and dv in those without rows."""
@@ -204,6 +227,14 @@ class MemoryTests(ProviderTestsBase):
         target = spread(torch.full_like(plain.query, NAN))
         found = run_call(subject, call_of(inputs, out=target), inputs.grad_out)
         assert_same(found, run(subject, plain), plain)
+
+    def test_a_batch_may_exceed_16_bits(self, subject: Subject) -> None:
+        """More sequences than a CUDA grid has blocks along its second and third axis."""
+        needs_cuda(subject)
+        few = problem(subject, seq_q=3, seq_k=5)
+        many = _laid_out(few, lambda tensor: tensor.repeat(35_000, 1, 1, 1))
+        tails = {name: tensor[-2:] for name, tensor in run(subject, many).items()}
+        assert_same(tails, run(subject, few), few)
 
     @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
     def test_tensors_may_have_more_than_2_31_elements(self, subject: Subject, packed: bool) -> None:
