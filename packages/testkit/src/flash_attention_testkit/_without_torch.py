@@ -42,10 +42,10 @@ def _forget(new: set[str]) -> None:
             continue
         module = sys.modules.pop(name)
         package, _, last = name.rpartition(".")
-        parent = sys.modules.get(package)
         # The package remembers it too, for `from package import module`.
-        if parent is not None and getattr(parent, "__dict__", {}).get(last) is module:
-            delattr(parent, last)
+        namespace = getattr(sys.modules.get(package), "__dict__", {})
+        if last in namespace and namespace[last] is module:
+            delattr(sys.modules[package], last)
 
 
 def _is_compiled(module: ModuleType | None) -> bool:
