@@ -2,7 +2,7 @@
 
 Torch ends with an error if it cannot load the hook of an installed distribution. This file needs
 neither the package `fa4_cuda` nor the registry, so that a half-removed installation does not keep
-torch from being imported.
+torch from being imported, unless the environment is strict about what it asks for.
 """
 
 import os
@@ -10,17 +10,32 @@ import sys
 
 
 def autoload() -> None:
-    """List what is installed in torch's registry, and honour `FLASH_ATTENTION_IMPL`."""
+    """List what is installed in torch's registry, and honour `FLASH_ATTENTION_IMPL`.
+
+    Raises:
+        RuntimeError: The registry cannot be imported, while the environment asks for something and
+            is strict. What the registry's own hook raises, in a strict environment too.
+    """
     try:
         from flash_attention_registry.autoload import autoload as hook
     except Exception as error:  # removed or damaged, while fa4-cuda's metadata is still there
-        asked = os.environ.get("FLASH_ATTENTION_IMPL", "").strip()
-        if asked:
-            print(  # no warning, which a filter would make an error of `import torch`
-                f"Warning: FLASH_ATTENTION_IMPL={asked} is not honoured: flash-attention-registry, "
-                f"which fa4-cuda needs, cannot be imported ({error}). Install it again, or "
-                f"uninstall fa4-cuda. Torch's own attention kernels run.",
-                file=sys.stderr,
-            )
-        return
-    hook()
+        _go_on_without_registry(error)
+    else:
+        hook()
+
+
+def _go_on_without_registry(error: Exception) -> None:
+    """Say what is asked for in vain; the registry, which reads the variables, is not there."""
+    asked = os.environ.get("FLASH_ATTENTION_IMPL", "").strip()
+    if not asked or asked.split(",")[-1].strip() == "native":
+        return  # torch's own kernels run, and will do
+    text = (
+        f"FLASH_ATTENTION_IMPL={asked} is not honoured: flash-attention-registry, which fa4-cuda "
+        f"needs, cannot be imported ({type(error).__name__}: {error}). Install it again, or "
+        f"uninstall fa4-cuda."
+    )
+    strict = os.environ.get("FLASH_ATTENTION_IMPL_STRICT", "").strip().lower()
+    if strict in ("1", "true", "yes", "on"):
+        raise RuntimeError(text) from error
+    # No warning, which a filter would make an error of `import torch`.
+    print(f"Warning: {text} Torch's own attention kernels run.", file=sys.stderr)

@@ -15,7 +15,7 @@ import fa4_cuda
 import flash_attention_registry as registry
 from fa4_cuda import library, provider
 from flash_attention_registry import CudaNeededError
-from flash_attention_registry.cuda import WithoutCuda
+from flash_attention_registry.cuda import without_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +91,8 @@ def test_no_gpu_is_a_reason(machine: Callable[..., None]) -> None:
 
 def test_the_gpu_is_not_asked_while_torch_is_imported(machine: Callable[..., None]) -> None:
     machine((9, 0))
-    with WithoutCuda(), pytest.raises(CudaNeededError):
-        provider.why_unavailable()
+    with pytest.raises(CudaNeededError):
+        without_cuda(provider.why_unavailable)
 
 
 def test_a_torch_without_cuda_is_a_reason_and_import_works(
