@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 RECORDS = sorted((BENCHMARKS / "results").glob("*.json"))
 FIGURES = sorted([*BENCHMARKS.glob("*.svg"), *BENCHMARKS.glob("*.png")])
-PAGES = {"nvidia-h200-fa4-triton.json": ROOT / "docs/kernels/fa4-triton-portable.md"}
+PAGES = {
+    "nvidia-h200-fa4-triton.json": ROOT / "docs/kernels/fa4-triton-portable.md",
+    "nvidia-h100-fa4-triton.json": ROOT / "docs/benchmarks.md",
+    "nvidia-h100-fa4-cuda.json": ROOT / "docs/kernels/fa4-cuda-forward.md",
+}
 FINGERPRINT = re.compile(rb"([\w.-]+\.json) sha256:([0-9a-f]{64})")
 
 

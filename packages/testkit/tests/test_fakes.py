@@ -158,11 +158,11 @@ def test_a_handle_can_lack_its_remove(registry: Registry) -> None:
 
 def test_what_there_is_not_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"no step 'install'; choose one of \['availability'"):
-        FakeProvider(fails={"install": "x"})  # type: ignore[dict-item]  # refused
+        FakeProvider(fails={"install": "x"})  # type: ignore[dict-item]  # refused in time
     with pytest.raises(ValueError, match="no step 'install'"):
-        FakeProvider().mend("install")  # type: ignore[arg-type]  # refused
+        FakeProvider().mend("install")  # type: ignore[arg-type]  # refused in time
     with pytest.raises(ValueError, match=r"gives is 'a handle'; choose one of \['handle'"):
-        FakeProvider(gives="a handle")  # type: ignore[arg-type]  # refused
+        FakeProvider(gives="a handle")  # type: ignore[arg-type]  # refused in time
 
 
 def test_fakes_need_no_torch() -> None:

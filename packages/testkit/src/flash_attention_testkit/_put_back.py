@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flash_attention_registry import Registry, default_registry, torch_registry
+from flash_attention_registry import Registry, default_registry, torch_impls, torch_state
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _torch_is_imported() -> bool:
 
 def _torchs_implementations() -> dict[Any, Any]:
     """What torch's own registry lists; nothing as long as torch is not imported."""
-    torch = torch_registry.loaded()
+    torch = torch_state.loaded()
     return {} if torch is None else dict(torch._FLASH_ATTENTION_IMPLS)
 
 
@@ -101,7 +101,7 @@ def _restore_torchs_implementations(before: dict[Any, Any]) -> None:
     Torch registers its own when a module of it is imported, which may have happened meanwhile and
     happens once; ours are listed by our registry, which has been reset.
     """
-    torch = torch_registry.loaded()
+    torch = torch_state.loaded()
     if torch is None:
         return
     implementations = torch._FLASH_ATTENTION_IMPLS
@@ -112,7 +112,7 @@ def _restore_torchs_implementations(before: dict[Any, Any]) -> None:
 
 def _is_torchs_or_ours(register_fn: object) -> bool:
     module = getattr(register_fn, "__module__", None) or ""
-    return isinstance(register_fn, torch_registry.Activator) or module.startswith("torch.")
+    return isinstance(register_fn, torch_impls.Activator) or module.startswith("torch.")
 
 
 def _restore_pending(registry: Registry, pending: tuple[str, ...], awaited: bool) -> None:

@@ -1,7 +1,6 @@
 """The kernel set: what it serves, and how."""
 
 import torch
-from torch import Tensor
 
 from flash_attention_registry.sdpa import AttentionCall, Capabilities
 
@@ -22,7 +21,7 @@ class PlainKernels:
         """None if the call is served, else the reason why it goes to torch's own kernel."""
         return self.capabilities.reason_to_decline(call)
 
-    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Out like the query, [B, S, H, D]; lse in float32, [B, H, S]."""
         query, key, value = (x.transpose(1, 2).float() for x in (call.query, call.key, call.value))
         scores = query @ key.mT * call.scale
@@ -39,5 +38,6 @@ class PlainKernels:
         result = torch.empty_like(call.query) if call.out is None else call.out
         return result.copy_(out.transpose(1, 2)), lse.squeeze(-1)
 
-    def backward(self, call: AttentionCall, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError("not among the features: torch's own kernel computes gradients")
+    def backward(self, call: AttentionCall, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Never called: "backward" is not among the features."""
+        raise NotImplementedError("torch's own kernel computes gradients")
