@@ -47,16 +47,9 @@ class TestPlain(ParityTests):
         return "plain"
 
 
-class TestOfFewCapabilities(ParityTests):
-    """One that is right in the little that it declares."""
-
-    @pytest.fixture
-    def provider(self, registry: Registry) -> str:
-        registry.register("few", register_fn=lambda: install(Few(), "cpu"))
-        return "few"
-
-
 class Few(PlainKernelSet):
+    """Right in the little that it declares."""
+
     capabilities = Capabilities(
         device_types=frozenset({"cpu"}),
         dtypes=frozenset({torch.float16}),

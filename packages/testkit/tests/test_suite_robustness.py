@@ -97,9 +97,11 @@ class LeavesRowsWithoutKeysUnwritten(PlainKernelSet):
 
 
 class LeavesKeysWithoutRowsUnwritten(PlainKernelSet):
+    """In memory that was NaN before."""
+
     def store_dk(self, call: Any, dk: Tensor) -> Tensor:
         seen = self.visible(call).any(0)
-        whole, memory = super().store_dk(call, dk), torch.empty_like(call.key)
+        whole, memory = super().store_dk(call, dk), torch.full_like(call.key, torch.nan)
         memory[..., seen, :, :] = whole[..., seen, :, :]
         return memory
 
