@@ -132,7 +132,9 @@ ANSWER = "No flash attention implementation is installed.\n"
 def in_files(tmp_path, monkeypatch, registry):
     """A context in which the standard streams of this process are files: `out` and `err`.
 
-    It is entered in the test itself, since pytest puts streams of its own there after the set-up.
+    It is entered in the test itself, since pytest puts streams of its own there after the set-up,
+    and gives the file `out` and a monkeypatch that ends with it: one that outlives it would put the
+    closed `err` back.
     """
     monkeypatch.setattr(default, "_registry", registry)
     monkeypatch.setattr(sys, "argv", ["flash-attention", "list"])
@@ -147,18 +149,18 @@ def in_files(tmp_path, monkeypatch, registry):
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "__stdout__", out)
             patch.setattr(sys, "__stderr__", err)
-            yield out
+            yield out, patch
 
     return in_files
 
 
 @pytest.mark.parametrize("there_is_an_error_stream", [True, False])
 def test_the_descriptor_stands_for_the_error_stream_afterwards(
-    in_files, tmp_path, monkeypatch, there_is_an_error_stream
+    in_files, tmp_path, there_is_an_error_stream
 ):
-    with in_files() as out:
+    with in_files() as (out, patch):
         if not there_is_an_error_stream:
-            monkeypatch.setattr(sys, "__stderr__", None)
+            patch.setattr(sys, "__stderr__", None)
         print("before", file=out)
         assert cli.main() == 0
         print("NOISE", file=out, flush=True)
@@ -169,7 +171,7 @@ def test_the_descriptor_stands_for_the_error_stream_afterwards(
 
 
 def test_a_stream_that_somebody_has_put_there_is_left_alone(in_files, tmp_path):
-    with in_files() as out, contextlib.redirect_stdout(io.StringIO()) as given:
+    with in_files() as (out, _), contextlib.redirect_stdout(io.StringIO()) as given:
         assert cli.main() == 0
         os.write(out.fileno(), b"of the program")
     assert given.getvalue() == ANSWER
