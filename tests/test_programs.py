@@ -22,6 +22,8 @@ BACKENDS = {
     "cpu": ("FLASH_ATTENTION", "MATH"),
     "gpu": ("CUDNN_ATTENTION", "FLASH_ATTENTION"),
 }
+# On a GPU stock's sums do not repeat, so one pair of curves is a matter of luck there.
+SEEDS = {"cpu": (0,), "gpu": (0, 1, 2)}
 NEGATED_GRADIENTS = """
 import runpy, sys
 import flash_attention_registry
@@ -66,13 +68,18 @@ def train(run_python: Callable[..., str], text: Path, where: str) -> Train:
     """Trains with a program, as it is; the same arguments give the same training."""
 
     @cache
-    def train(program: str, environment: tuple[tuple[str, str], ...], *before: str) -> Training:
+    def train(
+        program: str, environment: tuple[tuple[str, str], ...], *before: str, seed: int
+    ) -> Training:
         arguments = [PROGRAMS / f"{program}.py", text, "--size", where, "--steps", STEPS]
-        printed = run_python(RUN_AND_COUNT, *before, *arguments, **dict(environment))
+        given = [*before, *arguments, "--seed", seed]
+        printed = run_python(RUN_AND_COUNT, *given, **dict(environment))
         result, counts = map(json.loads, printed.splitlines()[-2:])
         return Training(result["losses"], STEPS * result["attention_calls_per_step"], counts)
 
-    return lambda program, environment, *before: train(program, tuple(environment.items()), *before)
+    return lambda program, environment, *before, seed=0: train(
+        program, tuple(environment.items()), *before, seed=seed
+    )
 
 
 @pytest.mark.parametrize("file", sorted(PROGRAMS.glob("*.py")), ids=lambda file: file.stem)
@@ -111,13 +118,18 @@ def test_a_served_program_learns_as_on_torchs_own_kernels(
     stock: dict[str, str],
     asks_for_fa4_triton: dict[str, str],
 ) -> None:
-    own = train(program, stock).losses
-    served = train(program, asks_for_fa4_triton).losses
-    one, other = (train(program, stock, "--backend", backend).losses for backend in BACKENDS[where])
-    yardstick = average_gap(one, other)
-    assert 0 < average_gap(own, served) <= 2 * yardstick
-    quarter = STEPS // 4
-    assert mean(served[-quarter:]) < mean(served[:quarter]) - 0.3  # there was something to learn
+    gaps, yardsticks, quarter = [], [], STEPS // 4
+    for seed in SEEDS[where]:
+        own = train(program, stock, seed=seed).losses
+        served = train(program, asks_for_fa4_triton, seed=seed).losses
+        one, other = (
+            train(program, stock, "--backend", backend, seed=seed).losses
+            for backend in BACKENDS[where]
+        )
+        gaps.append(average_gap(own, served))
+        yardsticks.append(average_gap(one, other))
+        assert mean(served[-quarter:]) < mean(served[:quarter]) - 0.3  # something was learnt
+    assert 0 < mean(gaps) <= 2 * mean(yardsticks), f"{gaps} against {yardsticks}"
 
 
 @pytest.mark.parametrize("program", TRAINING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -152,3 +153,21 @@ def test_inputs_that_do_not_fit_are_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_reason_is_one_line_and_names_the_error() -> None:
     assert why(RuntimeError("two\nlines")) == "RuntimeError: two lines"
     assert why(NotMeasuredError("a reason")) == "a reason"
+
+
+@pytest.mark.parametrize(
+    ("layout", "strides"),
+    [("bshd", (16 * 2 * 32, 2 * 32, 32, 1)), ("bhsd", (2 * 16 * 32, 32, 16 * 32, 1))],
+)
+def test_the_gradient_of_out_lies_as_asked(
+    layout: str, strides: tuple[int, ...], flash_attention_registry_reset
+) -> None:
+    class Looks(Zeros):
+        def backward(self, call, grad_out, out, lse):
+            found.append(grad_out.stride())  # of [B, S, H, D]
+            return super().backward(call, grad_out, out, lse)
+
+    found: list[tuple[int, ...]] = []
+    flash_attention_registry_reset.register("looks", register_fn=lambda: install(Looks(), "cpu"))
+    result(dataclasses.replace(BACKWARD, grad_layout=layout), "looks")
+    assert found == [strides]

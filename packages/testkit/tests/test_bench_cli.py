@@ -170,7 +170,7 @@ def test_a_record_is_shown_and_written_into_a_page(
     record = {"environment": dict.fromkeys(names, "?"), "rows": [row]}
     path, page = tmp_path / "record.json", tmp_path / "page.md"
     path.write_text(json.dumps(record))
-    page.write_text("<!-- record:begin --><!-- record:end -->")
+    page.write_text("<!-- record:begin -->\n<!-- record:end -->\n")
     assert main(["table", str(path)]) == 0
     assert "234.5 TF" in capsys.readouterr().out
     assert main(["table", str(path), "--into", str(page)]) == 0

@@ -46,6 +46,7 @@ def test_a_decoding_step_reads_each_key_and_value_once() -> None:
         ({"seq_len": 0}, "at least 1"),
         ({"dtype": "int8"}, "dtype one of"),
         ({"direction": "sideways"}, "direction must be"),
+        ({"grad_layout": "dhsb"}, "grad_layout must be"),
         ({"causal": True, "query_len": 1}, "without the mask"),
     ],
 )

@@ -92,3 +92,10 @@ def test_a_table_replaces_what_is_between_the_markers() -> None:
     assert with_table(once, "| new |") == once
     with pytest.raises(ValueError, match="lacks the markers"):
         with_table("# a page", "| new |")
+
+
+def test_a_page_may_speak_of_the_markers() -> None:
+    page = f"write `{BEGIN}` and `{END}`\n\n{BEGIN}\n{END}\n"
+    assert with_table(page, "| new |") == page.replace(f"\n{END}", f"\n\n| new |\n\n{END}")
+    with pytest.raises(ValueError, match="on a line of its own"):
+        with_table(f"write `{BEGIN}` and `{END}`\n", "| new |")

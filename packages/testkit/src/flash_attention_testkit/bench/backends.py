@@ -198,7 +198,9 @@ def operation(cell: Cell, inputs: Inputs, name: str) -> Callable[[], Any]:
         return call
     with torch.enable_grad():
         out = call()
-    grad = torch.randn_like(out)
+    heads_first = cell.grad_layout == "bhsd" and not cell.seq_lens
+    layout = torch.contiguous_format if heads_first else torch.preserve_format
+    grad = torch.randn_like(out, memory_format=layout)
     return lambda: torch.autograd.grad(out, inputs.tensors, grad, retain_graph=True)
 
 

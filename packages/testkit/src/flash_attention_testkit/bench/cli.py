@@ -7,13 +7,21 @@ ended early or a record cannot be shown; 2 if the command line cannot be underst
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from flash_attention_testkit.bench.grids import DIRECTIONS, DTYPE_BYTES, GRIDS, Cell, own_grid
+from flash_attention_testkit.bench.grids import (
+    DIRECTIONS,
+    DTYPE_BYTES,
+    GRAD_LAYOUTS,
+    GRIDS,
+    Cell,
+    own_grid,
+)
 from flash_attention_testkit.bench.markdown import markdown, with_table
 from flash_attention_testkit.bench.record import BASES, read_record
 from flash_attention_testkit.bench.table import render
@@ -144,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--dtype", dest="dtypes", nargs="+", choices=DTYPE_BYTES)
     parser.add_argument("--direction", choices=(*DIRECTIONS, "both"), default="both")
     parser.add_argument(
+        "--grad-layout",
+        choices=GRAD_LAYOUTS,
+        default=GRAD_LAYOUTS[0],
+        help="how the gradient that a backward is given lies in memory: as out does (bshd), or "
+        "heads before rows (bhsd), as torch.randn(out.shape) does; default bshd",
+    )
+    parser.add_argument(
         "--budget",
         type=float,
         default=2.0,
@@ -177,7 +192,11 @@ def _cells(
     except ValueError as error:
         parser.error(str(error))
     wanted = DIRECTIONS if options.direction == "both" else (options.direction,)
-    chosen = [(name, cell) for name, cell in cells if cell.direction in wanted]
+    chosen = [
+        (name, dataclasses.replace(cell, grad_layout=options.grad_layout))
+        for name, cell in cells
+        if cell.direction in wanted
+    ]
     if not chosen:
         parser.error(f"the grid {', '.join(grids)} has no {options.direction} cells")
     return chosen

@@ -7,10 +7,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["DIRECTIONS", "DTYPE_BYTES", "GRIDS", "TOKENS", "WIDTH", "Cell", "own_grid"]
+__all__ = [
+    "DIRECTIONS",
+    "DTYPE_BYTES",
+    "GRAD_LAYOUTS",
+    "GRIDS",
+    "TOKENS",
+    "WIDTH",
+    "Cell",
+    "own_grid",
+]
 
 DIRECTIONS = ("forward", "backward")
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "float16": 2, "float32": 4})
+GRAD_LAYOUTS = ("bshd", "bhsd")
+"""How the gradient of out lies in memory: as out does, or heads before rows."""
 TOKENS = 16384
 """Batch times sequence length in the FlashAttention papers' setting."""
 WIDTH = 2048
@@ -32,6 +43,7 @@ class Cell:
         dtype: A key of `DTYPE_BYTES`.
         query_len: Query rows of a sequence; None is `seq_len`.
         seq_lens: Lengths of packed sequences; empty for a dense batch.
+        grad_layout: Of `GRAD_LAYOUTS`; for the backward of a dense batch only.
     """
 
     direction: str
@@ -44,6 +56,7 @@ class Cell:
     dtype: str = "bfloat16"
     query_len: int | None = None
     seq_lens: tuple[int, ...] = ()
+    grad_layout: str = "bshd"
 
     def __post_init__(self) -> None:
         """Refuse what no kernel could be asked for."""
@@ -59,6 +72,10 @@ class Cell:
             raise ValueError(
                 f"direction must be one of {DIRECTIONS} and dtype one of {tuple(DTYPE_BYTES)}, "
                 f"found {self.direction!r} and {self.dtype!r}"
+            )
+        if self.grad_layout not in GRAD_LAYOUTS:
+            raise ValueError(
+                f"grad_layout must be one of {GRAD_LAYOUTS}, found {self.grad_layout!r}"
             )
         if self.causal and self.rows != self.seq_len:
             raise ValueError(

@@ -20,16 +20,22 @@ Row = Mapping[str, Any]
 
 
 def with_table(page: str, table: str) -> str:
-    """`page` with `table` between its markers.
+    """`page` with `table` between its markers, each alone on a line.
 
     Raises:
         ValueError: The page lacks the markers.
     """
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"the page lacks the markers {BEGIN} and {END}; add them")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    lines = page.splitlines(keepends=True)
+    alone = [line.strip() for line in lines]
+    try:
+        begin = alone.index(BEGIN)
+        end = alone.index(END, begin)
+    except ValueError:
+        raise ValueError(
+            f"the page lacks the markers {BEGIN} and {END}; add them, each on a line of its own"
+        ) from None
+    before, after = "".join(lines[: begin + 1]), "".join(lines[end:])
+    return f"{before}\n{table}\n\n{after}"
 
 
 def markdown(record: Mapping[str, Any], source: str) -> str:
@@ -127,7 +133,17 @@ def _in_order(impls: Iterable[str]) -> list[str]:
 def _cells(rows: Iterable[Row]) -> list[dict[str, Row]]:
     """Rows of one cell together, by implementation."""
     cells: dict[tuple[Any, ...], dict[str, Row]] = {}
-    axes = ("direction", "head_dim", "seq_len", "causal", "batch", "heads", "kv_heads", "dtype")
+    axes = (
+        "direction",
+        "head_dim",
+        "seq_len",
+        "causal",
+        "batch",
+        "heads",
+        "kv_heads",
+        "dtype",
+        "grad_layout",
+    )
     for row in rows:
         key = (*(row.get(axis) for axis in axes), str(row.get("seq_lens")), row.get("query_len"))
         cells.setdefault(key, {})[row["impl"]] = row
