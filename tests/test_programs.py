@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,7 +22,8 @@ BACKENDS = {
     "cpu": ("FLASH_ATTENTION", "MATH"),
     "gpu": ("CUDNN_ATTENTION", "FLASH_ATTENTION"),
 }
-# On a GPU stock's sums do not repeat, so one pair of curves is a matter of luck there.
+# On a GPU stock's sums do not repeat, so one pair of curves is a matter of luck there; and where a
+# loss jumps, its gaps are ten times the others', so the mean of several is geometric.
 SEEDS = {"cpu": (0,), "gpu": (0, 1, 2)}
 NEGATED_GRADIENTS = """
 import runpy, sys
@@ -129,7 +130,8 @@ def test_a_served_program_learns_as_on_torchs_own_kernels(
         gaps.append(average_gap(own, served))
         yardsticks.append(average_gap(one, other))
         assert mean(served[-quarter:]) < mean(served[:quarter]) - 0.3  # something was learnt
-    assert 0 < mean(gaps) <= 2 * mean(yardsticks), f"{gaps} against {yardsticks}"
+    assert min(gaps) > 0
+    assert geometric_mean(gaps) <= 2 * geometric_mean(yardsticks), f"{gaps} against {yardsticks}"
 
 
 @pytest.mark.parametrize("program", TRAINING)
