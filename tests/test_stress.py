@@ -46,10 +46,11 @@ def test_eight_threads_and_two_kernel_sets(run_python: Callable[..., str]) -> No
 
 def test_eight_threads_and_triton_in_its_interpreter(run_python: Callable[..., str]) -> None:
     environment = {"TRITON_INTERPRET": "1", **HIDDEN_GPU}
-    outcome = unharmed(run_python(STRESS, 6, "stock", "fa4-triton", **environment))
-    assert outcome["calls"] > 40
-    assert outcome["switches"]["fa4-triton"] > 200
-    assert 10 < outcome["served"] < outcome["calls"] + outcome["backwards"]
+    outcome = unharmed(run_python(STRESS, 10, "stock", "fa4-triton", **environment))
+    # On two slow cores the interpreter makes four calls a second.
+    assert outcome["calls"] > 12
+    assert outcome["switches"]["fa4-triton"] > 100
+    assert 4 < outcome["served"] < outcome["calls"] + outcome["backwards"]
 
 
 @pytest.mark.gpu

@@ -73,7 +73,7 @@ class Slot(ForkSensitive):
 
     def keep_listeners(self, listeners: Mapping[object, Listener]) -> None:
         """Call these from now on, and no others."""
-        for handle in [one for one in self.listeners if one not in listeners]:
+        for handle in [one for one in self.listeners.copy() if one not in listeners]:
             self.listeners.pop(handle, None)
         self.listeners.update(listeners)
 
@@ -198,7 +198,9 @@ class Slot(ForkSensitive):
     def _news_of(self, swap: Swap, active: Active | None) -> list[News]:
         """Return who has to hear of `active`, after those who have yet to hear of something."""
         before, after = _name_of(swap.previous), _name_of(active)
-        return [*self._news, *((one, before, after) for one in self.listeners.values())]
+        # A copy, made in one step: other threads add and remove listeners without a lock.
+        listening = self.listeners.copy().values()
+        return [*self._news, *((one, before, after) for one in listening)]
 
     def _tell(self, turn: Turn) -> None:
         """Tell every listener, whatever one raises."""

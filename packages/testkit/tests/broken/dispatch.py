@@ -203,7 +203,7 @@ class IgnoresTheOutItIsGiven(PlainKernelSet):
         return super().store_out(call._replace(out=None), out)
 
 
-@found_by("test_out_is_allocated_where_none_is_given")
+@found_by("test_out_is_allocated_where_none_is_given", also=("test_longest_lengths_are_bounds",))
 class InsistsOnAnOut(PlainKernelSet):
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if call.out is None:
@@ -214,7 +214,11 @@ class InsistsOnAnOut(PlainKernelSet):
 @found_by(
     "test_forward_leaves_its_arguments_alone",
     also=("test_forward_repeats_bit_for_bit",),
-    perhaps=("test_restore_gives_stocks_bits",),
+    perhaps=(
+        "test_inputs_may_be_expanded",
+        "test_inputs_may_be_one_tensor",
+        "test_restore_gives_stocks_bits",
+    ),
 )
 class WritesToTheValue(PlainKernelSet):
     """Its scratch overlaps the first element, of which it leaves all bits but one."""
@@ -250,9 +254,13 @@ class BackwardWritesToOut(PlainKernelSet):
     also=("test_backward_leaves_its_arguments_alone", "test_gradients_repeat"),
 )
 class WritesDqWhereTheGradientOfOutLies(PlainKernelSet):
+    """Of few rows; else everybody who uses it twice would run into that."""
+
     def backward(self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Any:
         dq, dk, dv = super().backward(call, grad_out, out, lse)
-        return grad_out.copy_(dq) if grad_out.is_contiguous() else dq, dk, dv
+        if grad_out.is_contiguous() and grad_out.shape[-3] < 16:
+            dq = grad_out.copy_(dq)
+        return dq, dk, dv
 
 
 @found_by("test_a_second_forward_leaves_the_firsts_results_alone")
@@ -264,7 +272,7 @@ class KeepsItsLse(PlainKernelSet):
         return self.kept.setdefault(lse.shape, torch.empty_like(lse)).copy_(lse)
 
 
-@found_by("test_a_second_backward_leaves_the_firsts_gradients_alone")
+@found_by("test_a_second_backward_leaves_the_firsts_gradients_alone", perhaps=DV)
 class KeepsItsGradients(PlainKernelSet):
     kept: ClassVar[dict[torch.Size, Tensor]] = {}
 

@@ -75,7 +75,7 @@ class SumsInTheInputsDtype(PlainKernelSet):
         return self.rounded(call, super().accumulated(call, out, block))
 
 
-@found_by("test_large_scores_stay_finite", also=of("*-peaked", OUT))
+@found_by("test_large_scores_stay_finite", also=of("*-peaked", OUT), perhaps=OUT)
 class SubtractsNoMaximum(PlainKernelSet):
     def higher(self, top: Tensor, scores: Tensor) -> Tensor:
         return torch.zeros_like(top)
@@ -104,6 +104,7 @@ class IsNotANumberWhereTheFirstBlockIsHidden(PlainKernelSet):
     also=(
         *FORWARD,
         f"{ROWS_SEE}[*-more rows]",
+        f"{ROWS_SEE}[*-packed]",
         f"{WINDOWS}[*-more-rows-*]",
         "test_causal_is_aligned_to_the_last_row_and_key[more-rows-*]",
     ),
@@ -121,7 +122,15 @@ class LseInBaseTwo(PlainKernelSet):
         return super().lse(call, top, total) / math.log(2)
 
 
-@found_by(*LSE, also=(*TORCH, *EMPTY_ROWS))
+@found_by(
+    *LSE,
+    also=(
+        *TORCH,
+        *EMPTY_ROWS,
+        "test_gradients_are_written_whole[more rows]",
+        "test_large_scores_stay_finite",
+    ),
+)
 class LseWithRowsFirst(PlainKernelSet):
     """In memory, read as if heads were: of dense batches."""
 
@@ -130,7 +139,16 @@ class LseWithRowsFirst(PlainKernelSet):
         return lse if lse.dim() == 2 else lse.mT.contiguous().view(lse.shape)
 
 
-@found_by(*LSE, also=(*TORCH, SCALE, NEGATIVE_SCALE, SCALE_IS_A_FACTOR))
+@found_by(
+    *LSE,
+    also=(
+        *TORCH,
+        SCALE,
+        NEGATIVE_SCALE,
+        SCALE_IS_A_FACTOR,
+        "test_large_scores_stay_finite[-1.0]",
+    ),
+)
 class LseOfUnscaledScores(PlainKernelSet):
     def lse(self, call: AttentionCall, top: Tensor, total: Tensor) -> Tensor:
         return super().lse(call, top / (call.scale or 1.0), total)
@@ -215,7 +233,7 @@ class LastHeadOfAGroupAloneGivesGradients(PlainKernelSet):
         return grad.unflatten(1, (call.key.shape[-2], -1))[:, :, -1]
 
 
-@found_by(*of("*-2x113x*", OUT), also=(*TORCH, ZERO_SCALE))
+@found_by(*of("*-2x*", OUT), also=(*TORCH, ZERO_SCALE))
 class AllSequencesHaveTheFirstValues(PlainKernelSet):
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         value = call.value
@@ -227,7 +245,7 @@ class AllSequencesHaveTheFirstValues(PlainKernelSet):
 # The backward
 
 
-@found_by(*DV, also=(VALUES_COME_FROM,))
+@found_by(*DV, also=(VALUES_COME_FROM, "test_rows_behind_the_last_packed_sequence_are_not_read"))
 class LosesTheLastRowsOfDv(PlainKernelSet):
     """Those that fill no block of 32."""
 
@@ -236,13 +254,13 @@ class LosesTheLastRowsOfDv(PlainKernelSet):
         return super().dv_of_block(weights[:, :, :whole], grad_out[:, :, :whole], visible[:whole])
 
 
-@found_by(*DQ, also=(SCALE_OF_BACKWARD,))
+@found_by(*DQ, also=(SCALE_OF_BACKWARD, NEGATIVE_SCALE, SCALE_IS_A_FACTOR))
 class ScalesDqTwice(PlainKernelSet):
     def store_dq(self, call: AttentionCall, dq: Tensor) -> Tensor:
         return super().store_dq(call, dq * call.scale)
 
 
-@found_by(*DK, also=(SCALE_OF_BACKWARD,))
+@found_by(*DK, also=(SCALE_OF_BACKWARD, NEGATIVE_SCALE, SCALE_IS_A_FACTOR))
 class ForgetsTheScaleOfDk(PlainKernelSet):
     def store_dk(self, call: AttentionCall, dk: Tensor) -> Tensor:
         return super().store_dk(call, dk / (call.scale or 1.0))
@@ -254,7 +272,7 @@ class ForgetsTheDelta(PlainKernelSet):
         return torch.zeros_like(super().delta(grad_out, out))
 
 
-@found_by(*DQ)
+@found_by(*DQ, also=("test_rows_behind_the_last_packed_sequence_are_not_read",))
 class LosesTheLastBlockOfDq(PlainKernelSet):
     """Where it is no whole one."""
 
@@ -303,13 +321,8 @@ class LosesARowOfDqOnceIn50Calls(Race):
 
 
 @found_by("test_gradients_repeat")
-class AddsBlocksOfDqInAnyOrder(PlainKernelSet):
-    """As atomic additions do, though determinism is declared."""
+class AddsToDqInAnyOrder(PlainKernelSet):
+    """As atomic additions do, though determinism is declared: its last bits are as it happens."""
 
-    calls = 0
-
-    def key_blocks(self, call: AttentionCall):
-        blocks = list(super().key_blocks(call))
-        self.calls += call.out is None  # backwards
-        turn = self.calls % len(blocks)
-        yield from blocks[turn:] + blocks[:turn]
+    def store_dq(self, call: AttentionCall, dq: Tensor) -> Tensor:
+        return super().store_dq(call, dq * (1 + 1e-6 * torch.randn_like(dq)))

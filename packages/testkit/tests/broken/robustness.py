@@ -11,7 +11,7 @@ import torch
 from plain_kernel_set import PlainKernelSet
 from torch import Tensor
 
-from broken.promises import EVERYTHING, OUT, ROWS_SEE, WINDOWS, of
+from broken.promises import EVERYTHING, OUT, ROWS_SEE, of
 from broken.table import found_by
 from flash_attention_registry.sdpa import AttentionCall
 
@@ -31,7 +31,9 @@ STRIDES = (
     *of("*-BHSD-*", EVERYTHING),
     *of("*-packed-QKV-slice-*", EVERYTHING),
     also=(
+        "test_grad_out_may_be_expanded",
         "test_gradients_do_not_depend_on_how_grad_out_lies",
+        "test_inputs_may_be_expanded",
         "test_padding_behind_the_head_dim_is_not_read",
         "test_padding_behind_the_rows_is_not_read",
     ),
@@ -72,8 +74,6 @@ class ReadsPaddingWithAWeightOfZero(PlainKernelSet):
         *of("*-masked-rows", OUT),
         *OUT,
         ROWS_SEE,
-        f"{WINDOWS}[*-more-rows-in-place*]",
-        "test_causal_is_aligned_to_the_last_row_and_key[more-rows-in-place*]",
         "test_rows_without_keys_read_as_torchs[in-place*]",
     ),
 )
