@@ -188,22 +188,24 @@ def _forget_objects_without_source() -> None:
 def _stamp(source: Path, compiler: str) -> str | None:
     """Return what the object of `source` depends on, as a hash, or None if that is not known."""
     try:
-        text = _beside(source, ".d").read_text(encoding="utf-8")
+        return _hash_of([compiler], _included(source))
     except FileNotFoundError:
         return None
+
+
+def _included(source: Path) -> list[Path]:
+    """Return `source` and all that it includes from here, as the compiler found it."""
+    text = _beside(source, ".d").read_text(encoding="utf-8")
     # A make rule: `target: file file \` and so on. Of the toolkit's files its version speaks.
     named = text.partition(":")[2].replace("\\\n", " ").split()
     included = {Path(name).resolve() for name in named}
-    return _hash_of([compiler], sorted(path for path in included if path.is_relative_to(SOURCES)))
+    return sorted(path for path in included if path.is_relative_to(SOURCES))
 
 
-def _hash_of(texts: Iterable[str], files: Iterable[Path]) -> str | None:
+def _hash_of(texts: Iterable[str], files: Iterable[Path]) -> str:
     digest = hashlib.sha256("\0".join(texts).encode())
-    try:
-        for path in files:
-            digest.update(path.read_bytes() + b"\0")
-    except FileNotFoundError:
-        return None
+    for path in files:
+        digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -218,18 +220,21 @@ def _is_current(source: Path, compiler: str) -> bool:
 
 def _compile(nvcc: Path, source: Path, compiler: str) -> None:
     _beside(source, ".stamp").unlink(missing_ok=True)
-    start = time.monotonic()
+    start, now = time.monotonic(), time.time()
     dependencies = ["-MD", "-MF", str(_beside(source, ".d"))]
     target = ["-c", str(source), "-o", str(_beside(source, ".o"))]
     report = _run([str(nvcc), *COMPILE_FLAGS, *dependencies, *target])
     _beside(source, ".ptxas").write_text(report, encoding="utf-8")
-    _beside(source, ".stamp").write_text(_stamp(source, compiler) or "", encoding="utf-8")
+    # What was edited while the compiler read it counts as not compiled.
+    edited = any(path.stat().st_mtime > now for path in _included(source))
+    stamp = "" if edited else _stamp(source, compiler) or ""
+    _beside(source, ".stamp").write_text(stamp, encoding="utf-8")
     print(f"{time.monotonic() - start:6.1f} s  {source.relative_to(SOURCES)}", flush=True)
 
 
 def _link(nvcc: Path, compiler: str, output: Path) -> None:
     stamps = [_beside(source, ".stamp").read_text(encoding="utf-8") for source in sources()]
-    stamp = _hash_of([compiler, *LINK_FLAGS, str(output), *stamps], []) or ""
+    stamp = _hash_of([compiler, *LINK_FLAGS, str(output), *stamps], [])
     recorded = BUILD / "library.stamp"
     if output.exists() and recorded.exists() and recorded.read_text(encoding="utf-8") == stamp:
         return

@@ -105,6 +105,7 @@ extern "C" int fa4_forward_with_plan(const fa4_forward_args* args, const fa4_for
       const int *q = args->cu_seqlens_q + batch, *k = args->cu_seqlens_k + batch;
       rows = {0, q[0], k[0], q[1] - q[0], k[1] - k[0]};
     }
+    if (args->seqused_k != nullptr) rows.count_k = args->seqused_k[batch];
     for (int head = 0; head < args->heads_q; ++head) {
       for (int64_t i = 0; i < rows.count_q; ++i) attend(*args, rows, head, i);
     }

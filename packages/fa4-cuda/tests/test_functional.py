@@ -119,6 +119,7 @@ ASKED: dict[str, tuple[AttentionCall, str | None]] = {
     "head_dim 60": (AttentionCall(*(Q[..., :60],) * 3, 1.0, True), "head_dim 60"),
     "misaligned": (AttentionCall(*(Q[..., 1:57],) * 3, 1.0, True), "multiples of 16 bytes"),
     "alibi": (AttentionCall(Q, Q, Q, 1.0, True, alibi_slopes=torch.ones(4)), "alibi_slopes"),
+    "seqused": (AttentionCall(Q, Q, Q, 1.0, True, seqused_key=torch.ones(2).int()), None),
     "gaps in out": (
         AttentionCall(Q, Q, Q, 1.0, True, out=rows(2, 8, 4, 128)[..., ::2]),
         "last dimension of out",

@@ -165,6 +165,33 @@ def test_the_general_op_is_served(native: None, window: tuple[Any, Any], packed:
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_that_are_not_in_use_are_not_read(native: None, causal: bool) -> None:
+    starts, used = [0, 100, 100, 417], [37, 0, 300]
+    offsets = torch.tensor(starts, device="cuda", dtype=torch.int32)
+    query, key, value = (randn(417, 4, 64) for _ in range(3))
+    places = [start + at for start, n in zip(starts, used, strict=False) for at in range(n)]
+    unused = torch.ones(417, dtype=torch.bool)
+    unused[places] = False
+    for tensor in (key, value):
+        tensor[unused.cuda()] = torch.nan
+    out, lse, *_ = aten._flash_attention_forward(
+        *(query, key, value, offsets, offsets, 317, 317, 0.0, causal, False),
+        seqused_k=torch.tensor(used, device="cuda", dtype=torch.int32),
+    )
+    assert dispatch_counts()[GENERAL].served == 1
+    edges = torch.tensor([0, *used], device="cuda", dtype=torch.int32)
+    assert_sdpa_parity(
+        "seqused",
+        SdpaResult(out, lse),
+        *(query, key[places], value[places]),
+        causal=causal,
+        empty_lse=float("inf"),
+        cu_seqlens_query=offsets,
+        cu_seqlens_key=edges.cumsum(0, dtype=torch.int32),
+    )
+
+
 def test_rows_without_keys_read_as_stocks() -> None:
     tensors = [randn(1, 12, 2, 64), *(randn(1, 8, 2, 64) for _ in "kv")]
 

@@ -57,6 +57,8 @@ class ReferenceKernels:
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         self.calls.append(call)
+        if call.seqused_key is not None:
+            call = with_used_keys_alone(call)
         result = reference_sdpa(
             call.query,
             call.key,
@@ -76,6 +78,18 @@ class ReferenceKernels:
 
     def backward(self, *_: Any) -> Any:
         raise NotImplementedError
+
+
+def with_used_keys_alone(call: AttentionCall) -> AttentionCall:
+    """The same call without the keys that are not in use."""
+    assert call.cu_seqlens_key is not None
+    assert call.seqused_key is not None
+    starts, used = call.cu_seqlens_key[:-1].tolist(), call.seqused_key.tolist()
+    places = [start + at for start, count in zip(starts, used, strict=True) for at in range(count)]
+    edges = torch.tensor([0, *used], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return call._replace(
+        key=call.key[places], value=call.value[places], cu_seqlens_key=edges, seqused_key=None
+    )
 
 
 @pytest.fixture
@@ -211,6 +225,20 @@ def test_packed_sequences(served: Op, window: tuple[Any, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_that_are_not_in_use(served: Op, causal: bool) -> None:
+    query, key = normal(10, 4, 64), normal(10, 2, 64)
+    offsets = torch.tensor([0, 4, 4, 10], dtype=torch.int32)
+    used = torch.tensor([3, 0, 2], dtype=torch.int32)
+    _, lse, *_ = served(
+        GENERAL,
+        *(query, key, key, offsets, offsets, 6, 6, 0.0, causal, False),
+        seqused_k=used,
+    )
+    # Aligned at the end of what is used: of six rows and two keys four rows see none.
+    assert lse.isinf().sum() == (4 * (1 + 4) if causal else 0)
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.aten, INPLACE), reason="this torch has no such op")
 def test_the_op_that_writes_its_argument(served: Op) -> None:
     rows = normal(10, 2, 64)
@@ -224,6 +252,7 @@ def test_the_op_that_writes_its_argument(served: Op) -> None:
 Q, R = normal(1, 2, 8, 64), normal(1, 8, 2, 64)
 T = normal(10, 2, 64)
 DENSE = (None, None, 8, 8, 0.0, False, False)
+PACKED = (OFFSETS, OFFSETS, 6, 6, 0.0, False, False)
 GOES_ON: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "dropout": (FLASH, (Q, Q, Q, 0.1), {}),
     "debug mask": (FLASH, (Q, Q, Q, 0.0, False, True), {}),
@@ -240,7 +269,9 @@ GOES_ON: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "bias": (CUDNN, (Q, Q, Q, torch.zeros(8, 8).bfloat16(), True), {}),
     "cuDNN's own mask": (CUDNN, (Q[:, :, :4], Q, Q, None, True, 0.0, True), {}),
     "alibi": (GENERAL, (R, R, R, *DENSE), {"alibi_slopes": torch.ones(2)}),
-    "seqused": (GENERAL, (R, R, R, *DENSE), {"seqused_k": torch.ones(1, dtype=torch.int32)}),
+    "seqused, dense": (GENERAL, (R, R, R, *DENSE), {"seqused_k": torch.ones(1).int()}),
+    "int64 seqused": (GENERAL, (T, T, T, *PACKED), {"seqused_k": torch.ones(3).long()}),
+    "too many seqused": (GENERAL, (T, T, T, *PACKED), {"seqused_k": torch.ones(4).int()}),
     "one offset": (GENERAL, (T, T, T, OFFSETS, None, 6, 6, 0.0, False, False), {}),
     "int64 offsets": (GENERAL, (T, T, T, *(OFFSETS.long(),) * 2, 6, 6, 0.0, False, False), {}),
     "other offsets": (GENERAL, (T, T, T, OFFSETS, OFFSETS[:3], 6, 6, 0.0, False, False), {}),

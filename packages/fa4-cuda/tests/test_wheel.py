@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -197,3 +198,30 @@ def test_a_file_that_changes_makes_what_includes_it_stale(
     assert stale("nvcc 14") == ["one", "two"]
     (build / "two.cpp.o").unlink()
     assert stale() == ["one", "two"]
+
+
+def test_a_file_that_changes_while_it_is_compiled_is_compiled_again(
+    build_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "one.cpp"
+    source.write_text("int x;")
+    monkeypatch.setattr(build_kernels, "SOURCES", tmp_path)
+    monkeypatch.setattr(build_kernels, "BUILD", tmp_path)
+    edits = ["int y;", None]
+
+    def compile_it(_: list[str]) -> str:
+        (tmp_path / "one.cpp.o").touch()
+        (tmp_path / "one.cpp.d").write_text(f"one.o: {source}")
+        text = edits.pop(0)
+        if text is not None:
+            source.write_text(text)
+            later = time.time() + 1
+            os.utime(source, (later, later))
+        return ""
+
+    monkeypatch.setattr(build_kernels, "_run", compile_it)
+    build_kernels._compile(Path("nvcc"), source, "nvcc 13")
+    assert not build_kernels._is_current(source, "nvcc 13")
+    os.utime(source)
+    build_kernels._compile(Path("nvcc"), source, "nvcc 13")
+    assert build_kernels._is_current(source, "nvcc 13")

@@ -137,8 +137,32 @@ DECLINED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "seqused": (
         FLASH,
         packed(OFFSETS, OFFSETS),
-        {"seqused_k": OFFSETS},
+        {"seqused_k": OFFSETS[1:].contiguous()},
         "seqused_key is not supported",
+    ),
+    "seqused-dense": (
+        FLASH,
+        (*SAME, *DENSE),
+        {"seqused_k": OFFSETS[1:]},
+        "seqused_k without cum_seq_k: torch reads it of packed sequences only",
+    ),
+    "seqused-long": (
+        FLASH,
+        packed(OFFSETS, OFFSETS),
+        {"seqused_k": OFFSETS[1:].long()},
+        "seqused_k is not contiguous and int32",
+    ),
+    "seqused-gaps": (
+        FLASH,
+        packed(OFFSETS, OFFSETS),
+        {"seqused_k": OFFSETS[::2]},
+        "seqused_k is not contiguous and int32",
+    ),
+    "seqused-others": (
+        FLASH,
+        packed(OFFSETS, OFFSETS),
+        {"seqused_k": OFFSETS},
+        "seqused_k and cum_seq_k do not describe the same sequences",
     ),
     "paged": (
         FLASH,

@@ -14,6 +14,7 @@ from flash_attention_registry.sdpa.checks import (
     reason_of_backward,
     reason_of_dense,
     reason_of_packed,
+    reason_of_seqused,
 )
 from flash_attention_registry.sdpa.serving import ActiveKernels, run_backward, run_forward
 
@@ -64,6 +65,12 @@ def test_inputs_on_several_devices_are_declined(devices: tuple[int, int, int]) -
 def test_offsets_on_another_device_are_declined(devices: tuple[int, int]) -> None:
     reason = reason_of_packed(rows(0), rows(0), rows(0), *map(offsets, devices), False)
     assert reason == "cum_seq_q or cum_seq_k is on another device"
+
+
+def test_lengths_on_another_device_are_declined() -> None:
+    used = gpu(1, 1, dtype=torch.int32)
+    reason = reason_of_seqused(rows(0), used, cu_seqlens_key=offsets(0))
+    assert reason == "seqused_k is on another device"
 
 
 @pytest.mark.parametrize("devices", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])

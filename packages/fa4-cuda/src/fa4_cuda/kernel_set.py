@@ -26,7 +26,7 @@ CAPABILITIES = Capabilities(
     device_types=frozenset({"cuda"}),
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     head_dims=range(8, 257, 8),
-    features=frozenset({"causal", "gqa", "varlen", "window"}),
+    features=frozenset({"causal", "gqa", "seqused_key", "varlen", "window"}),
     deterministic="always",
     min_compute_capability=(9, 0),
     max_compute_capability=(9, 0),
@@ -161,4 +161,6 @@ def _describe(call: AttentionCall, out: Tensor) -> ForwardArgs:
         args.seq_q, args.seq_k = call.max_seqlen_query, call.max_seqlen_key
         args.cu_seqlens_q = cu_seqlens_query.data_ptr()
         args.cu_seqlens_k = cu_seqlens_key.data_ptr()
+    if call.seqused_key is not None:
+        args.seqused_k = call.seqused_key.data_ptr()
     return args

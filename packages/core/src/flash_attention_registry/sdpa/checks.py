@@ -16,6 +16,7 @@ __all__ = [
     "reason_of_dense",
     "reason_of_options",
     "reason_of_packed",
+    "reason_of_seqused",
 ]
 
 _HEADS = "the number of query heads is not a multiple of the number of key heads"
@@ -111,6 +112,27 @@ def reason_of_packed(
     if sequences < 2 or sequences != cu_seqlens_key.shape[0]:
         return "cum_seq_q and cum_seq_k do not describe the same sequences"
     return _reason_of_storage(query, key, value)
+
+
+def reason_of_seqused(
+    query: Tensor, seqused_key: Tensor, *, cu_seqlens_key: Tensor | None
+) -> str | None:
+    """Why `seqused_key` does not say how many keys of each packed sequence count.
+
+    Args:
+        query: For its device.
+        seqused_key: `[B]` int32 contiguous, on the query's device.
+        cu_seqlens_key: `[B + 1]`; None of a dense batch, in which torch does not read it.
+    """
+    if cu_seqlens_key is None:
+        return "seqused_k without cum_seq_k: torch reads it of packed sequences only"
+    if seqused_key.dtype is not torch.int32 or not seqused_key.is_contiguous():
+        return "seqused_k is not contiguous and int32"
+    if seqused_key.shape != (cu_seqlens_key.shape[0] - 1,):
+        return "seqused_k and cum_seq_k do not describe the same sequences"
+    if seqused_key.get_device() != query.get_device():
+        return "seqused_k is on another device"
+    return None
 
 
 def reason_of_backward(

@@ -18,6 +18,7 @@ from .checks import (
     reason_of_dense,
     reason_of_options,
     reason_of_packed,
+    reason_of_seqused,
 )
 from .flash import LSE_OF_EMPTY_ROWS, unused_outputs
 from .serving import ActiveKernels, in_layout_of, run_backward, run_forward
@@ -92,6 +93,10 @@ def _serve_forward(
     if isinstance(fields, str):
         return fields
     query = fields[0]
+    if seqused_k is not None:
+        reason = reason_of_seqused(query, seqused_k, cu_seqlens_key=fields[8])
+        if reason is not None:
+            return reason
     if out is None:
         out = torch.empty_like(query)
     elif (

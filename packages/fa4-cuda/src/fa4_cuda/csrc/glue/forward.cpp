@@ -33,11 +33,12 @@ bool read_three(const Arguments& arguments, int first, int64_t dims, Forward& fo
          forward.query.sizes[dims - 1] == forward.key.sizes[dims - 1];
 }
 
-bool read_offsets(AtenTensorHandle handle, const Tensor& query, Tensor& offsets) {
-  return handle != nullptr && read(handle, 1, offsets) &&
-         offsets.dtype == libtorch.aoti_torch_dtype_int32() &&
-         offsets.device_type == query.device_type && offsets.device == query.device &&
-         offsets.unit_stride();
+// Offsets or lengths of packed sequences.
+bool read_numbers(AtenTensorHandle handle, const Tensor& query, Tensor& numbers) {
+  return handle != nullptr && read(handle, 1, numbers) &&
+         numbers.dtype == libtorch.aoti_torch_dtype_int32() &&
+         numbers.device_type == query.device_type && numbers.device == query.device &&
+         numbers.unit_stride();
 }
 
 // A tensor as the kernels take it: [B, S, H, D] or [T, H, D].
@@ -53,7 +54,7 @@ fa4_tensor input(const Tensor& tensor, HeadAxis head_axis) {
   return view_of(tensor, const_cast<void*>(data), head_axis);
 }
 
-const int32_t* offsets_of(const Tensor& tensor) {
+const int32_t* numbers_of(const Tensor& tensor) {
   const void* data = nullptr;
   if (tensor.handle != nullptr) libtorch.torch_get_const_data_ptr(tensor.handle, &data);
   return static_cast<const int32_t*>(data);
@@ -95,8 +96,9 @@ bool describe(const Forward& forward, const Tensor& out, fa4_forward_args& args)
   args.k = input(key, forward.head_axis);
   args.v = input(forward.value, forward.head_axis);
   args.out = view_of(out, output(out.handle), forward.head_axis);
-  args.cu_seqlens_q = offsets_of(forward.cu_seqlens_query);
-  args.cu_seqlens_k = offsets_of(forward.cu_seqlens_key);
+  args.cu_seqlens_q = numbers_of(forward.cu_seqlens_query);
+  args.cu_seqlens_k = numbers_of(forward.cu_seqlens_key);
+  args.seqused_k = numbers_of(forward.seqused_key);
   args.element = query.dtype == libtorch.aoti_torch_dtype_float16() ? FA4_HALF : FA4_BFLOAT16;
   args.batch = static_cast<int32_t>(batch);
   args.heads_q = static_cast<int32_t>(query.sizes[heads]);
@@ -139,16 +141,19 @@ bool read_dense(const Arguments& arguments, int first, HeadAxis head_axis, Forwa
 }
 
 bool read_packed(const Arguments& arguments, int first, AtenTensorHandle cu_seqlens_query,
-                 AtenTensorHandle cu_seqlens_key, int64_t max_seqlen_query, int64_t max_seqlen_key,
-                 Forward& forward) {
+                 AtenTensorHandle cu_seqlens_key, AtenTensorHandle seqused_key,
+                 int64_t max_seqlen_query, int64_t max_seqlen_key, Forward& forward) {
   forward.max_seqlen_query = max_seqlen_query;
   forward.max_seqlen_key = max_seqlen_key;
   return read_three(arguments, first, 3, forward) &&
          forward.query.sizes[1] % forward.key.sizes[1] == 0 &&
-         read_offsets(cu_seqlens_query, forward.query, forward.cu_seqlens_query) &&
-         read_offsets(cu_seqlens_key, forward.query, forward.cu_seqlens_key) &&
+         read_numbers(cu_seqlens_query, forward.query, forward.cu_seqlens_query) &&
+         read_numbers(cu_seqlens_key, forward.query, forward.cu_seqlens_key) &&
          forward.cu_seqlens_query.sizes[0] >= 2 &&
-         forward.cu_seqlens_query.sizes[0] == forward.cu_seqlens_key.sizes[0];
+         forward.cu_seqlens_query.sizes[0] == forward.cu_seqlens_key.sizes[0] &&
+         (seqused_key == nullptr ||
+          (read_numbers(seqused_key, forward.query, forward.seqused_key) &&
+           forward.seqused_key.sizes[0] + 1 == forward.cu_seqlens_key.sizes[0]));
 }
 
 OwnedTensor run(const Forward& forward, const Tensor& out) {

@@ -13,6 +13,7 @@ enum class HeadAxis { kOne = 1, kTwo = 2 };
 struct Forward {
   Tensor query, key, value;
   Tensor cu_seqlens_query, cu_seqlens_key;  // [B + 1] int32; without handles if dense
+  Tensor seqused_key;                       // [B] int32, of packed sequences; without a handle: all
   HeadAxis head_axis = HeadAxis::kOne;
   int64_t max_seqlen_query = 0, max_seqlen_key = 0;  // of packed sequences
   double scale = 0;
@@ -26,9 +27,10 @@ struct Forward {
 // Reads query, key and value. Returns false if they are no valid dense or packed request, which
 // torch is to refuse.
 bool read_dense(const Arguments& arguments, int first, HeadAxis head_axis, Forward& forward);
+// `seqused_key` may be null.
 bool read_packed(const Arguments& arguments, int first, AtenTensorHandle cu_seqlens_query,
-                 AtenTensorHandle cu_seqlens_key, int64_t max_seqlen_query, int64_t max_seqlen_key,
-                 Forward& forward);
+                 AtenTensorHandle cu_seqlens_key, AtenTensorHandle seqused_key,
+                 int64_t max_seqlen_query, int64_t max_seqlen_key, Forward& forward);
 
 // Allocates lse, [B, H, S] or [H, T], and runs the kernel on the tensors' device and its current
 // stream. Writes `out`. Returns null, with nothing launched, if the kernels do not serve the

@@ -85,15 +85,17 @@ bool read_general(const Arguments& arguments, int first, bool with_pages, Forwar
   };
   const auto at = [first](int argument) { return first + argument; };
   if (arguments.number(at(kDropout)) != 0 || arguments.flag(at(kDebug))) return false;
-  if (!arguments.is_none(at(kSeqused)) || !arguments.is_none(at(kAlibi))) return false;
+  if (!arguments.is_none(at(kAlibi))) return false;
   if (with_pages) {
     if (!arguments.is_none(at(kBlockTable)) || arguments.integer_or(at(kSplits), 0) > 1)
       return false;
   }
   const AtenTensorHandle cu_q = arguments.tensor_or_null(at(kCuQ));
   const AtenTensorHandle cu_k = arguments.tensor_or_null(at(kCuK));
+  const AtenTensorHandle seqused = arguments.tensor_or_null(at(kSeqused));
   const bool packed = cu_q != nullptr || cu_k != nullptr;
-  if (packed ? !read_packed(arguments, first, cu_q, cu_k, arguments.integer(at(kMaxQ)),
+  if (!packed && seqused != nullptr) return false;
+  if (packed ? !read_packed(arguments, first, cu_q, cu_k, seqused, arguments.integer(at(kMaxQ)),
                             arguments.integer(at(kMaxK)), forward)
              : !read_dense(arguments, first, HeadAxis::kTwo, forward)) {
     return false;
