@@ -268,7 +268,8 @@ class Registry:
         if registration is not None:
             self._activate_exactly(registration, turn)
         elif impl not in self.discovery.entries() and (members := self._catalogue.members_of(impl)):
-            families.activate_best(impl, members, self._slot, turn)
+            not_loaded = self._catalogue.not_loaded()
+            families.activate_best(impl, members, not_loaded, self._slot, turn)
         else:
             raise self._catalogue.refusal(impl, self._slot.still())
         self.request.supersede()
