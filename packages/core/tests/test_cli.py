@@ -184,6 +184,19 @@ def test_explain_gives_the_reason_of_every_member(here, capsys):
     )
 
 
+def test_explain_a_family_tells_which_providers_could_not_be_loaded(with_offer, site, capsys):
+    site.install("broken_provider", "1 / 0", provides={"broken": "broken_provider:register"})
+    with_offer.discovery.refresh()
+    with_offer.register("slow", register_fn=len, family="letters", recommended=lambda: "it is slow")
+    told = "broken: not available: broken_provider:register of some-dist 1.2.3 raised"
+    for arguments in (["letters"], ["letters", "--json"], ["nope"]):
+        assert cli.main(["explain", *arguments]) == 1
+        printed = capsys.readouterr()
+        assert told in " ".join(f"{printed.out}{printed.err}".split())
+    assert cli.main(["explain", "slow"]) == 0
+    assert "broken" not in capsys.readouterr().out
+
+
 def test_explain_an_unknown_name_lists_what_there_is(family, capsys):
     assert cli.main(["explain", "nope"]) == 1
     printed = capsys.readouterr()

@@ -207,7 +207,12 @@ def _cell(value: object) -> str:
 def _explain(options: argparse.Namespace) -> _Answer:
     from flash_attention_registry.default import explain_flash_attention_impls
     from flash_attention_registry.doctor import import_torch
-    from flash_attention_registry.doctor.usable import meant_by, why_not_usable, would_take
+    from flash_attention_registry.doctor.usable import (
+        meant_by,
+        of_unknown_family,
+        why_not_usable,
+        would_take,
+    )
     from flash_attention_registry.metadata import unreadable
     from flash_attention_registry.report import format_reports
 
@@ -225,11 +230,13 @@ def _explain(options: argparse.Namespace) -> _Answer:
     name, reason, taken, verdict = options.name, None, None, []
     if name is not None:
         reason, taken = why_not_usable(name, reports), would_take(name, reports)
-        reports = meant_by(name, reports)
+        others, reports = of_unknown_family(reports), meant_by(name, reports)
         if not reports:
             raise UnknownImplError("\n".join([f"{reason}", *damaged]))
         would = "fail" if taken is None else f"take {taken.name}"
         verdict = [f"Activating {name} would {would} here."]
+        if taken is None and reports[0].name != name:
+            verdict = [*map(wrapped, others), *verdict]
     document = {
         "name": name,
         "usable": None if name is None else taken is not None,
