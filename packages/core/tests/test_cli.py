@@ -127,7 +127,17 @@ def test_explain_prints_every_report(family, capsys):
         "    available and recommended\n"
         "slow (family slow ones, priority 0, registered by a direct call)\n"
         "    available, but not recommended here: it is slow\n"
+        "\n"
+        "No kernels can be used: torch is not installed.\n"
     )
+
+
+def test_explain_says_nothing_of_a_torch_that_is_there(family, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    cli.main(["explain"])
+    assert "torch" not in capsys.readouterr().out
+    cli.main(["explain", "--json"])
+    assert documents(capsys)["torch_problem"] is None
 
 
 @pytest.mark.parametrize(
@@ -230,6 +240,7 @@ def test_explain_as_json_has_stable_keys(family, capsys):
             }
         ],
         "unreadable": [],
+        "torch_problem": "torch is not installed",
     }
 
 
@@ -242,6 +253,7 @@ def test_explain_all_as_json_asks_for_no_verdict(here, capsys):
         "reason": None,
         "implementations": [],
         "unreadable": [],
+        "torch_problem": "torch is not installed",
     }
 
 

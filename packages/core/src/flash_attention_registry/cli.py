@@ -14,6 +14,7 @@ unknown is null:
     `implementations`, a list of what `ImplReport` holds, all of it or what the name means; `name`,
     which was asked about; `usable` and, if so, `would_take`, which implementation activating the
     name would take; if not, `reason`. Without a name these four are null. `unreadable`, as above.
+    `torch_problem`, why torch cannot be used, or null.
 
 `doctor`
     `ok`, and what `flash_attention_registry.doctor.findings.Diagnosis` holds.
@@ -244,7 +245,10 @@ def _explain(options: argparse.Namespace) -> _Answer:
         "reason": reason,
         "implementations": [asdict(report) for report in reports],
         "unreadable": damaged,
+        "torch_problem": imported.problem,
     }
+    if imported.problem is not None:
+        damaged = [f"No kernels can be used: {imported.problem}.", *damaged]
     parts = [wrapped(format_reports(reports)), *map(wrapped, damaged), *verdict]
     return _Answer(document, "\n\n".join(parts), reason is None)
 
