@@ -216,8 +216,9 @@ class Registry:
         """See `restore_flash_attention_impl`."""
 
         def change(turn: Turn) -> None:
+            dropped = self.request.pending
             self.request.supersede()
-            if self._slot.active is None:
+            if self._slot.active is None and not dropped:
                 turn.warn("No flash attention impl is active: there is nothing to restore.")
             self._slot.put(None, turn)
 
