@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from flash_attention_registry import (
+    FamilyUnavailableError,
     ImplUnavailableError,
     RequestUnavailableError,
     UnknownImplError,
@@ -89,6 +90,22 @@ def test_an_unknown_name_tells_which_providers_could_not_be_loaded(site, install
     assert "'broken' could not be loaded: broken_provider:register of some-dist 1.2.3" in notes
     assert "ZeroDivisionError" in notes
     assert "'good'" not in notes
+
+
+def test_a_family_that_cannot_be_had_tells_which_providers_could_not_be_loaded(
+    site, installed, asked
+):
+    source = GOOD.replace("priority=3", "recommended=lambda: 'slow here'").replace("FA4", "letters")
+    site.install("good_provider", source, provides=PROVIDES_GOOD)
+    site.install("broken_provider", "1 / 0", provides={"broken": "broken_provider:register"})
+    with pytest.raises(FamilyUnavailableError) as caught:
+        installed.activate("letters")
+    assert "good: not recommended here: slow here\nOf these it is not known" in str(caught.value)
+    assert "broken: broken_provider:register of some-dist 1.2.3 raised" in str(caught.value)
+    assert set(caught.value.reasons) == {"good"}
+    asked("letters")
+    with pytest.raises(RequestUnavailableError, match=r"broken: broken_provider:register of some"):
+        installed.request.activate()
 
 
 def test_an_interrupt_during_loading_goes_through_and_is_no_verdict(site, installed):

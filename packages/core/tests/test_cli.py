@@ -127,7 +127,17 @@ def test_explain_prints_every_report(family, capsys):
         "    available and recommended\n"
         "slow (family slow ones, priority 0, registered by a direct call)\n"
         "    available, but not recommended here: it is slow\n"
+        "\n"
+        "No kernels can be used: torch is not installed.\n"
     )
+
+
+def test_explain_says_nothing_of_a_torch_that_is_there(family, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    cli.main(["explain"])
+    assert "torch" not in capsys.readouterr().out
+    cli.main(["explain", "--json"])
+    assert documents(capsys)["torch_problem"] is None
 
 
 @pytest.mark.parametrize(
@@ -184,6 +194,19 @@ def test_explain_gives_the_reason_of_every_member(here, capsys):
     )
 
 
+def test_explain_a_family_tells_which_providers_could_not_be_loaded(with_offer, site, capsys):
+    site.install("broken_provider", "1 / 0", provides={"broken": "broken_provider:register"})
+    with_offer.discovery.refresh()
+    with_offer.register("slow", register_fn=len, family="letters", recommended=lambda: "it is slow")
+    told = "broken: not available: broken_provider:register of some-dist 1.2.3 raised"
+    for arguments in (["letters"], ["letters", "--json"], ["nope"]):
+        assert cli.main(["explain", *arguments]) == 1
+        printed = capsys.readouterr()
+        assert told in " ".join(f"{printed.out}{printed.err}".split())
+    assert cli.main(["explain", "slow"]) == 0
+    assert "broken" not in capsys.readouterr().out
+
+
 def test_explain_an_unknown_name_lists_what_there_is(family, capsys):
     assert cli.main(["explain", "nope"]) == 1
     printed = capsys.readouterr()
@@ -217,6 +240,7 @@ def test_explain_as_json_has_stable_keys(family, capsys):
             }
         ],
         "unreadable": [],
+        "torch_problem": "torch is not installed",
     }
 
 
@@ -229,6 +253,7 @@ def test_explain_all_as_json_asks_for_no_verdict(here, capsys):
         "reason": None,
         "implementations": [],
         "unreadable": [],
+        "torch_problem": "torch is not installed",
     }
 
 

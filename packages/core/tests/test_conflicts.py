@@ -84,6 +84,15 @@ def test_one_distribution_found_twice_is_no_conflict_and_the_first_on_the_path_c
     assert installed.current() == "good"
 
 
+def test_what_pip_could_not_delete_of_an_older_version_is_no_conflict(site, installed, declare):
+    site.install("good_provider", GOOD, provides=PROVIDES_GOOD)
+    declare("some-dist", {api(1): PROVIDES_GOOD | {"gone": "gone:register"}}, version="1.2.2")
+    (site.folder / "some_dist-1.2.2.dist-info").rename(site.folder / "~ome_dist-1.2.2.dist-info")
+    assert "gone" not in installed.names()
+    assert report_on(installed, "good").version == "1.2.3"
+    installed.activate("good")
+
+
 def test_a_name_that_a_distribution_declares_twice_is_an_error(site, installed, declare):
     declare("twice", {api(1): {"x": "one:register", " x": "other:register"}})
     reason = refusal(installed, "x")

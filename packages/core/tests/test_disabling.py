@@ -33,8 +33,9 @@ def test_a_disabled_implementation_is_listed_and_not_imported(site, installed, d
     assert "good" in installed.names()
     reason = "it is disabled by FLASH_ATTENTION_IMPL_DISABLE=x,good"
     assert report_on(installed, "good").unavailable_reason == reason
-    with pytest.raises(ImplUnavailableError, match=reason):
+    with pytest.raises(ImplUnavailableError, match=reason) as caught:
         installed.activate("good")
+    assert "uninstall" not in str(caught.value)  # nothing is the matter with it
     assert "good_provider" not in sys.modules
 
 

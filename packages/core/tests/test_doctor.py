@@ -465,6 +465,14 @@ def test_a_disabled_name_that_nothing_has_is_a_trap(ready, no_torch, monkeypatch
     assert "names 'god', which is no implementation and no family here" in trap.found
 
 
+def test_a_disabled_family_is_no_trap_where_its_members_are_disabled_too(
+    site, installed, no_torch, monkeypatch
+):
+    site.install("provider", "1 / 0", provides={"x": "provider:register"})
+    monkeypatch.setenv(f"{IMPL}_DISABLE", f"{','.join(installed.names())},letters")
+    assert doctor.diagnose().traps == ()
+
+
 def test_disabled_names_are_not_judged_where_nobody_could_be_asked(refused, monkeypatch):
     monkeypatch.setenv(f"{IMPL}_DISABLE", "good")
     refused(RequestUnavailableError("..."))

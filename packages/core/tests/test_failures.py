@@ -21,7 +21,9 @@ def notes(error: BaseException) -> str:
     return "\n".join(getattr(error, "__notes__", []))
 
 
-@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize(
+    "error", [OSError("gone"), StopIteration("gone"), KeyboardInterrupt(), SystemExit(1)]
+)
 def test_failed_activation_keeps_the_previous_impl_active(ab, kernels, failing, error):
     ab.register("c", register_fn=failing(error))
     with pytest.raises(type(error)) as caught:
@@ -38,6 +40,15 @@ def test_failed_activation_with_nothing_active_leaves_stock(registry, kernels, f
     with pytest.raises(OSError, match="gone"):
         registry.activate("c")
     assert (registry.current(), kernels.running) == (None, "stock")
+
+
+def test_a_remove_that_raises_what_ends_an_iteration_is_told_as_any_other(ab, kernels):
+    stuck = kernels.installer_with_stuck_handle("c", StopIteration("none left"))
+    ab.register("c", register_fn=stuck)
+    ab.activate("c")
+    with pytest.raises(RestoreError, match="raised StopIteration: none left"):
+        ab.activate("b")
+    assert ab.current() == "b"
 
 
 class Half:

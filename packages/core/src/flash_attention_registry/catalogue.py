@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flash_attention_registry.environment import why_disabled
 from flash_attention_registry.errors import ImplUnavailableError, UnknownImplError, add_note
 from flash_attention_registry.families import members_of
 
@@ -77,6 +78,11 @@ class Catalogue:
         """Return why what is offered under a name is not registered."""
         return self._discovery.failure(name) or "its provider has not registered it yet"
 
+    def not_loaded(self) -> dict[str, str]:
+        """Return why, for each name that is offered and not registered; its family is unknown."""
+        names = self._discovery.entries()
+        return {name: self.why_not_loaded(name) for name in names if name not in self.registrations}
+
     def refusal(self, impl: str, still: str) -> Exception:
         """Return what to raise for a name that is neither registered nor a family's.
 
@@ -85,16 +91,17 @@ class Catalogue:
             still: The sentence which says that nothing has changed.
         """
         if impl in self._discovery.entries():
+            # Nothing is the matter with the distribution of what the user does not want used.
+            remedy = "" if why_disabled(impl) else "Repair or uninstall that distribution. "
             return ImplUnavailableError(
                 f"Flash attention impl {impl!r} is not available: {self.why_not_loaded(impl)}. "
-                f"Repair or uninstall that distribution. {still}"
+                f"{remedy}{still}"
             )
         error = UnknownImplError(
             f"Unknown flash attention impl '{impl}'. Available implementations: {self.names()}"
         )
-        for name in self._discovery.entries():
-            if name not in self.registrations:
-                add_note(error, f"{name!r} could not be loaded: {self.why_not_loaded(name)}")
+        for name, reason in self.not_loaded().items():
+            add_note(error, f"{name!r} could not be loaded: {reason}")
         for text in self._discovery.unreadable():
             add_note(error, text)
         return error

@@ -14,6 +14,7 @@ unknown is null:
     `implementations`, a list of what `ImplReport` holds, all of it or what the name means; `name`,
     which was asked about; `usable` and, if so, `would_take`, which implementation activating the
     name would take; if not, `reason`. Without a name these four are null. `unreadable`, as above.
+    `torch_problem`, why torch cannot be used, or null.
 
 `doctor`
     `ok`, and what `flash_attention_registry.doctor.findings.Diagnosis` holds.
@@ -207,7 +208,12 @@ def _cell(value: object) -> str:
 def _explain(options: argparse.Namespace) -> _Answer:
     from flash_attention_registry.default import explain_flash_attention_impls
     from flash_attention_registry.doctor import import_torch
-    from flash_attention_registry.doctor.usable import meant_by, why_not_usable, would_take
+    from flash_attention_registry.doctor.usable import (
+        meant_by,
+        of_unknown_family,
+        why_not_usable,
+        would_take,
+    )
     from flash_attention_registry.metadata import unreadable
     from flash_attention_registry.report import format_reports
 
@@ -225,11 +231,13 @@ def _explain(options: argparse.Namespace) -> _Answer:
     name, reason, taken, verdict = options.name, None, None, []
     if name is not None:
         reason, taken = why_not_usable(name, reports), would_take(name, reports)
-        reports = meant_by(name, reports)
+        others, reports = of_unknown_family(reports), meant_by(name, reports)
         if not reports:
             raise UnknownImplError("\n".join([f"{reason}", *damaged]))
         would = "fail" if taken is None else f"take {taken.name}"
         verdict = [f"Activating {name} would {would} here."]
+        if taken is None and reports[0].name != name:
+            verdict = [*map(wrapped, others), *verdict]
     document = {
         "name": name,
         "usable": None if name is None else taken is not None,
@@ -237,7 +245,10 @@ def _explain(options: argparse.Namespace) -> _Answer:
         "reason": reason,
         "implementations": [asdict(report) for report in reports],
         "unreadable": damaged,
+        "torch_problem": imported.problem,
     }
+    if imported.problem is not None:
+        damaged = [f"No kernels can be used: {imported.problem}.", *damaged]
     parts = [wrapped(format_reports(reports)), *map(wrapped, damaged), *verdict]
     return _Answer(document, "\n\n".join(parts), reason is None)
 

@@ -122,7 +122,8 @@ def activate_flash_attention_impl(impl: str) -> None:
 def restore_flash_attention_impl() -> None:
     """Remove the active implementation, so that stock kernels run.
 
-    With nothing active there is only a `RegistryWarning`.
+    What `FLASH_ATTENTION_IMPL` asks for and still waits for the GPU is dropped. With nothing active
+    and nothing waiting there is only a `RegistryWarning`.
 
     Raises:
         RestoreError: Its `remove()` raised; nothing is active, but its kernels may still run.

@@ -6,7 +6,7 @@ from flash_attention_registry.errors import CudaNeededError, FamilyUnavailableEr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from flash_attention_registry.registration import Registration
     from flash_attention_registry.slot import Slot
@@ -19,7 +19,13 @@ def members_of(family: str, registrations: Iterable[Registration]) -> list[Regis
     return sorted(members, key=lambda one: (-one.priority, one.name))
 
 
-def activate_best(family: str, members: Sequence[Registration], slot: Slot, turn: Turn) -> None:
+def activate_best(
+    family: str,
+    members: Sequence[Registration],
+    not_loaded: Mapping[str, str],
+    slot: Slot,
+    turn: Turn,
+) -> None:
     """Activate the first member that is available, recommended, and does not fail.
 
     Nothing happens if one of them is active already and still available: what runs is not changed
@@ -28,6 +34,7 @@ def activate_best(family: str, members: Sequence[Registration], slot: Slot, turn
     Args:
         family: The name that was asked for; for messages.
         members: In the order of preference.
+        not_loaded: What may be a member too, and why nobody can tell; for messages.
         slot: Where to activate.
         turn: Takes a warning for each member that was passed over because it failed.
 
@@ -53,12 +60,18 @@ def activate_best(family: str, members: Sequence[Registration], slot: Slot, turn
             else:
                 return
         reasons[member.name] = reason
-    listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    listed = _lines(reasons)
+    if not_loaded:
+        listed += f"\nOf these it is not known whether they are members:{_lines(not_loaded)}"
     raise FamilyUnavailableError(
         f"No member of flash attention family {family!r} can be taken here:{listed}\n"
         f"A member that is only not recommended can be activated by its own name. {slot.still()}",
         reasons,
     ) from failure
+
+
+def _lines(reasons: Mapping[str, str]) -> str:
+    return "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
 
 
 def _why_not(member: Registration) -> str | None:

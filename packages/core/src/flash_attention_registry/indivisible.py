@@ -8,7 +8,7 @@ that is written in C is one instruction, and the iterators of `itertools` make o
 from __future__ import annotations
 
 from _operator import is_  # operator itself is a module to load, and this its part in C
-from itertools import chain, compress, starmap
+from itertools import compress, starmap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ class Call:
 
     def run(self, function: Callable[..., object], *arguments: object) -> None:
         """Call `function`, and raise what it raises."""
-        self._progress.extend(chain((_BEGUN,), starmap(function, (arguments,))))
+        append = self._progress.append
+        begin, call = map(append, (_BEGUN,)), map(append, starmap(function, (arguments,)))
+        # What consumes an iterator to its end would take a StopIteration of the function for that.
+        next(zip(begin, call, strict=False))
 
     @property
     def begun(self) -> bool:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FILE = "entry_points.txt"
 """Where a distribution's metadata declares its entry points."""
 
+LEFT_BY_PIP = "~"
+"""What the names of folders begin with that pip puts aside and deletes, if it can, in the end."""
+
 
 class Declared:
     """One entry point, and whose it is.
@@ -43,7 +46,8 @@ class Declared:
 def declared_in(prefix: str) -> tuple[list[Declared], list[str]]:
     """Read the entry points of all groups whose names begin with `prefix`; import nothing.
 
-    Of two installations of one distribution the first on `sys.path` counts, as for imports.
+    Of two installations of one distribution the first on `sys.path` counts, as for imports. What
+    pip could not delete of one that it has replaced is none, for pip neither.
 
     Returns:
         The entry points, in the order of `sys.path`, and for each file that could not be read a
@@ -76,6 +80,8 @@ def _declared_by(
 ) -> Iterable[Declared]:
     """Read one distribution, unless another of its name has been `seen`."""
     folder = _folder(distribution)
+    if folder is not None and os.path.basename(folder).startswith(LEFT_BY_PIP):
+        return ()
     try:
         # As entry_points() does: the folder's name tells whose it is, at a hundredth of the time
         # that reading METADATA takes. The attribute is Python's own, hence the other way.

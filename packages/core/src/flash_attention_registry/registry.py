@@ -216,8 +216,9 @@ class Registry:
         """See `restore_flash_attention_impl`."""
 
         def change(turn: Turn) -> None:
+            dropped = self.request.pending
             self.request.supersede()
-            if self._slot.active is None:
+            if self._slot.active is None and not dropped:
                 turn.warn("No flash attention impl is active: there is nothing to restore.")
             self._slot.put(None, turn)
 
@@ -268,7 +269,8 @@ class Registry:
         if registration is not None:
             self._activate_exactly(registration, turn)
         elif impl not in self.discovery.entries() and (members := self._catalogue.members_of(impl)):
-            families.activate_best(impl, members, self._slot, turn)
+            not_loaded = self._catalogue.not_loaded()
+            families.activate_best(impl, members, not_loaded, self._slot, turn)
         else:
             raise self._catalogue.refusal(impl, self._slot.still())
         self.request.supersede()

@@ -7,7 +7,7 @@ import os
 from flash_attention_registry import autoload, environment, metadata
 from flash_attention_registry.default import current_flash_attention_impl, default_registry
 from flash_attention_registry.doctor.findings import Request, Trap, Variable
-from flash_attention_registry.doctor.usable import is_active, why_not_usable
+from flash_attention_registry.doctor.usable import is_active, of_unknown_family, why_not_usable
 from flash_attention_registry.environment import DISABLE, IMPL, NATIVE, STRICT
 from flash_attention_registry.errors import (
     EnvironmentVariableError,
@@ -133,7 +133,9 @@ def environment_traps(reports: Sequence[ImplReport], request: Request) -> tuple[
     except EnvironmentVariableError:
         return tuple(traps)
     known = {name for report in reports for name in (report.name, report.family)}
-    for name in sorted(disabled - known) if reports else ():
+    # What is disabled by its own name is not loaded, so that its family is not known.
+    can_tell = bool(reports) and not of_unknown_family(reports)
+    for name in sorted(disabled - known) if can_tell else ():
         traps.append(
             Trap(
                 f"{DISABLE} names {name!r}, which is no implementation and no family here",

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.report import ImplReport
 
-__all__ = ["is_active", "meant_by", "why_not_usable", "would_take"]
+__all__ = ["is_active", "meant_by", "of_unknown_family", "why_not_usable", "would_take"]
 
 
 def meant_by(name: str, reports: Sequence[ImplReport]) -> list[ImplReport]:
@@ -47,7 +47,21 @@ def why_not_usable(name: str, reports: Sequence[ImplReport]) -> str | None:
     if meant[0].name == name:
         return f"not available: {meant[0].unavailable_reason}"
     reasons = [f"{report.name}: {_why_not_taken(report)}" for report in meant]
-    return f"no member of this family would be taken here ({'; '.join(reasons)})"
+    told = f"no member of this family would be taken here ({'; '.join(reasons)})"
+    return ". ".join([told, *of_unknown_family(reports)])
+
+
+def of_unknown_family(reports: Sequence[ImplReport]) -> list[str]:
+    """Return one text, if any, that tells of what is installed and may belong to any family.
+
+    A provider that cannot be loaded, or must not be, has not said what its family is.
+    """
+    reasons = [
+        f"{report.name}: not available: {report.unavailable_reason}"
+        for report in reports
+        if report.family is None and report.distribution is not None and not report.available
+    ]
+    return [f"No family is known of what cannot be used ({'; '.join(reasons)})"] if reasons else []
 
 
 def _why_not_taken(report: ImplReport) -> str:
@@ -59,7 +73,8 @@ def _why_not_taken(report: ImplReport) -> str:
 def _why_unknown(name: str, reports: Sequence[ImplReport]) -> str:
     names = [report.name for report in reports]
     families = sorted({report.family for report in reports if report.family is not None})
-    return (
+    told = (
         f"there is no implementation and no family {name!r}. "
         f"Implementations: {', '.join(names) or 'none'}. Families: {', '.join(families) or 'none'}."
     )
+    return " ".join([told, *of_unknown_family(reports)])
