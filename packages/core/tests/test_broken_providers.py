@@ -50,6 +50,13 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("value", ["broken provider", ":register", "broken_provider:a-b", ""])
+def test_an_entry_point_that_names_no_function_is_reported(site, installed, value):
+    site.install("broken_provider", "", provides={"broken": value})
+    reason = report_on(installed, "broken").unavailable_reason
+    assert f"its entry point reads {value!r}, not 'package.module:function'" in reason
+
+
 @pytest.mark.parametrize(("source", "reason"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_provider_is_isolated_and_reported(site, installed, source, reason):
     site.install(

@@ -111,3 +111,10 @@ def test_notes_are_kept_on_every_python():
     errors.add_note(new, "first")
     assert old.__notes__ == ["first", "second"]
     assert new.__notes__ == ["first"]
+
+
+@pytest.mark.parametrize("ask", ["activate", "unregister"])
+def test_what_is_no_name_is_said_with_the_names_that_there_are(registry, ask):
+    registry.register("mine", register_fn=lambda: None)
+    with pytest.raises(TypeError, match=r"named by a str, but \['mine'\] was given.*'mine'"):
+        getattr(registry, ask)(["mine"])

@@ -64,7 +64,14 @@ class ProviderEntry:
         self.distribution, self.version = declared.distribution, declared.version
 
     def register(self) -> None:
-        """Import the provider and let it register its implementation."""
+        """Import the provider and let it register its implementation.
+
+        Raises:
+            ValueError: The metadata name no function of a module.
+        """
+        names = self.value.partition("[")[0].strip().replace(":", ".", 1).split(".")
+        if not all(name.isidentifier() for name in names):
+            raise ValueError(f"its entry point reads {self.value!r}, not 'package.module:function'")
         self._point.load()()
 
     def origin(self) -> str:

@@ -117,6 +117,7 @@ class Registry:
 
     def unregister(self, impl: str) -> None:
         """See `unregister_flash_attention_impl`."""
+        self._refuse_nameless(impl)
 
         def change(turn: Turn) -> None:
             if impl not in self._catalogue.registrations and impl not in self.discovery.entries():
@@ -291,13 +292,17 @@ class Registry:
 
     def _load_for(self, impl: str) -> None:
         """Load what may have to be known in order to activate a name."""
+        self._refuse_nameless(impl)
+        self.refuse_reentry(f"activate {impl!r}")
+        self._catalogue.load_for(impl, self._drop_half_registered)
+
+    def _refuse_nameless(self, impl: object) -> None:
+        """Raise unless `impl` is a name."""
         if not isinstance(impl, str):
             raise TypeError(
                 f"A flash attention impl is named by a str, but {impl!r} was given. "
                 f"Available implementations: {self.names()}"
             )
-        self.refuse_reentry(f"activate {impl!r}")
-        self._catalogue.load_for(impl, self._drop_half_registered)
 
     def _drop_half_registered(self, name: str) -> None:
         """Take back what a provider registered before it failed."""
