@@ -100,6 +100,14 @@ def _quick(capabilities: Capabilities) -> Iterator[SdpaCase]:
     yield grouped
     yield replace(grouped, seq_q=1, seq_k=130)  # where a group's heads may be taken for rows
     yield replace(grouped, batch=2, window_left=30, seq_q=65, seq_k=97)
+    yield replace(grouped, batch=4, heads=16, causal=False, seq_q=5, seq_k=9)  # many programs
+    yield replace(base, batch=4, heads=12, kv_heads=12, seq_q=5, seq_k=9)
+    few = ((5, 9), (1, 4), (3, 3), (9, 5))
+    yield replace(grouped, batch=4, heads=16, seq_q=9, seq_k=9, lengths=few)
+    yield replace(base, seq_q=300, seq_k=65)  # many blocks of rows, of keys, and of a window
+    yield replace(base, seq_q=1, seq_k=1030)
+    yield replace(base, seq_q=150, seq_k=97, window_left=9, window_right=70)
+    yield replace(base, seq_q=65, seq_k=300, causal=True, window_left=128)
     yield _packed(grouped)
     yield replace(_packed(base), window_left=9, window_right=70)
     head_dims = {*_ends(capabilities), *(_nearest(dim, capabilities) for dim in (80, 128))}
@@ -128,6 +136,10 @@ def _standard(capabilities: Capabilities) -> Iterator[SdpaCase]:
     other = replace(base, head_dim=_nearest(128, capabilities), dtype=dtypes[-1])
     for mask in _MASKS[1:4:2]:
         yield from _one_at_a_time(replace(other, **mask))
+    many = replace(base, batch=5, seq_q=65, seq_k=97)
+    yield replace(many, heads=16)
+    yield replace(many, heads=12, kv_heads=12)
+    yield replace(base, seq_k=777, causal=True, window_left=256)  # of many blocks
 
 
 def _exhaustive(capabilities: Capabilities) -> Iterator[SdpaCase]:

@@ -326,3 +326,67 @@ class AddsToDqInAnyOrder(PlainKernelSet):
 
     def store_dq(self, call: AttentionCall, dq: Tensor) -> Tensor:
         return super().store_dq(call, dq * (1 + 1e-6 * torch.randn_like(dq)))
+
+
+# Sizes that few calls have
+
+
+@found_by(*of("*-left128-*", EVERYTHING))
+class WindowEndsWithTheSecondBlock(PlainKernelSet):
+    """Of keys to the left."""
+
+    def visible(self, call: AttentionCall) -> Tensor:
+        left = call.window_left
+        return super().visible(call._replace(window_left=left and min(left, 100)))
+
+
+@found_by(*of("*left*-one row", MASKS), *of("*window-one row", MASKS))
+class OneRowKnowsNoWindow(PlainKernelSet):
+    """As kernels for decoding, which have a way of their own."""
+
+    def visible(self, call: AttentionCall) -> Tensor:
+        one = call.query.shape[-3] == 1
+        return super().visible(call._replace(window_left=None) if one else call)
+
+
+@found_by(*of("*-h16kv2-*", OUT), *of("*-h12kv12-*", OUT))
+class LosesTheHeadsBehindTheEighth(PlainKernelSet):
+    def store_out(self, call: AttentionCall, out: Tensor) -> Tensor:
+        out[:, 8:] = 0.0
+        return super().store_out(call, out)
+
+
+@found_by(*of("*-varlen-*-h16kv2-*", (*DK, *DV)))
+class LosesTheThirdOfAPackedGroup(PlainKernelSet):
+    def sum_of_group(self, call: AttentionCall, grad: Tensor) -> Tensor:
+        of_heads = grad.unflatten(1, (call.key.shape[-2], -1))
+        packed = call.cu_seqlens_query is not None
+        return (of_heads[:, :, :2] if packed else of_heads).sum(2)
+
+
+@found_by(*of("*-1x300x65-*", OUT))
+class LosesTheRowsBehindThe256th(PlainKernelSet):
+    """The number of a row fits in eight bits."""
+
+    def store_out(self, call: AttentionCall, out: Tensor) -> Tensor:
+        out[:, :, 256:] = 0.0
+        return super().store_out(call, out)
+
+
+@found_by(*of("*-1x1x1030-*", EVERYTHING))
+class SeesNoKeyBehindThe512th(PlainKernelSet):
+    def visible(self, call: AttentionCall) -> Tensor:
+        visible = super().visible(call)
+        visible[:, 512:] = False
+        return visible
+
+
+@found_by("test_sequences_may_be_many[packed]")
+class LosesTheSequencesBehindThe32nd(PlainKernelSet):
+    """As many as a warp has threads."""
+
+    def store_out(self, call: AttentionCall, out: Tensor) -> Tensor:
+        edges = call.cu_seqlens_query
+        if edges is not None and len(edges) > 33:
+            out[:, :, int(edges[32]) :] = 0.0
+        return super().store_out(call, out)

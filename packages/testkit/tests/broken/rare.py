@@ -22,7 +22,10 @@ from broken.table import found_by
 from flash_attention_registry.sdpa import AttentionCall
 
 
-@found_by(*of("*x257-*", EVERYTHING))
+@found_by(
+    *of("*x257-*", EVERYTHING),
+    also=(*of("*-1x1x1030-*", EVERYTHING), *of("*-left128-*", EVERYTHING)),
+)
 class SeesNoKeyBehindThe256th(PlainKernelSet):
     """The number of a key fits in eight bits."""
 

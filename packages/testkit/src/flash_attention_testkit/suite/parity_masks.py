@@ -30,9 +30,11 @@ MASKS: dict[str, AttentionOptions] = {
 SEQUENCES = {
     "fewer rows": ((40, 130),),
     "more rows": ((130, 40),),
+    "one row": ((1, 70),),
     "packed": ((33, 65), (0, 4), (1, 97), (70, 70), (5, 0)),
+    "packed, one row each": ((1, 65), (1, 4), (1, 40)),
 }
-"""Query rows and keys; the first two are dense."""
+"""Query rows and keys; the first three are dense. For one row kernels often have another way."""
 
 every_mask = pytest.mark.parametrize("mask", MASKS)
 every_length = pytest.mark.parametrize("lengths", SEQUENCES)
@@ -86,7 +88,7 @@ def _options(subject: Subject, mask: str, lengths: str) -> AttentionOptions:
     options = MASKS[mask]
     window = options.get("window_left") is not None or options.get("window_right") is not None
     asked = {"causal": options.get("causal", False), "window": window}
-    asked["varlen"] = lengths == "packed"
+    asked["varlen"] = _is_packed(lengths)
     missing = [name for name, wanted in asked.items() if wanted]
     missing = sorted(set(missing) - subject.capabilities.features)
     if missing:
@@ -106,18 +108,22 @@ def _inputs(
     """All zeros but the keys, which queries of zero do not look at."""
     head_dim, dtype = usual_form(subject)
     heads = -(-heads_for // head_dim)
-    batch = () if lengths == "packed" else (1,)
+    batch = () if _is_packed(lengths) else (1,)
     kind: dict[str, Any] = {"dtype": dtype, "device": subject.device}
     shapes = [(*batch, length, heads, head_dim) for length in (rows, keys, keys, rows)]
     query, key, value, grad_out = (torch.zeros(shape, **kind) for shape in shapes)
     key.copy_(torch.linspace(-1, 1, key.numel()).view(key.shape))
-    if lengths == "packed":
+    if _is_packed(lengths):
         offsets = [
             torch.tensor([0, *accumulate(side)], dtype=torch.int32, device=subject.device)
             for side in zip(*SEQUENCES[lengths], strict=True)
         ]
         options = {**options, "cu_seqlens_query": offsets[0], "cu_seqlens_key": offsets[1]}
     return SdpaInputs(query, key, value, grad_out, options)
+
+
+def _is_packed(lengths: str) -> bool:
+    return len(SEQUENCES[lengths]) > 1
 
 
 def _one_hot(tensor: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,11 @@ from flash_attention_testkit.suite.robustness_base import (
 )
 
 TURNS = 8
+
+_MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window_left": 2, "window_right": 3},
+}
 
 dense_or_packed = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 
@@ -54,6 +61,46 @@ class ConcurrencyTests(ProviderTestsBase):
         run(subject, given)
         _copy(other, given)
         assert_same(run(subject, given), expected, other)
+
+    @pytest.mark.parametrize("mask", ["causal", "window"])
+    def test_masks_are_of_this_call(self, subject: Subject, mask: str) -> None:
+        """Calls of one shape, masked or not, see what they should: no mask is kept by shape."""
+        inputs = problem(subject, batch=1, heads=1, kv_heads=1, seq_q=70, seq_k=70, **_MASKS[mask])
+        row, near = (
+            (slice(0, 1), slice(0, 6)) if mask == "causal" else (slice(69, 70), slice(63, 70))
+        )
+        inputs.value[:, near] = 0.0
+        inputs.grad_out[:, : row.start] = 0.0
+        inputs.grad_out[:, row.stop :] = 0.0
+        far = torch.ones(70, dtype=torch.bool, device=subject.device)
+        far[near] = False
+        plain = replace(inputs, options={})
+        for number, of_this_call in enumerate((plain, inputs, plain)):
+            found = run(subject, of_this_call)
+            sees = {"out": bool(found["out"][:, row].any())}
+            if "dv" in found:
+                sees["dv"] = bool(found["dv"][:, far].any())
+            for name, seen in sees.items():
+                assert seen == (of_this_call is plain), (
+                    f"{name} of call {number + 1} is that of the mask of another call"
+                )
+
+    def test_packed_sequences_are_of_this_call(self, subject: Subject) -> None:
+        """The same two sequences the other way round: offsets are not kept by their number."""
+        first, second = (33, 65), (70, 70)
+        given = problem(subject, lengths=(first, second))
+        other = problem(subject, lengths=(second, first))
+        expected = run(subject, given)
+        for name, length in zip(
+            ("query", "key", "value", "grad_out"), (33, 65, 65, 33), strict=True
+        ):
+            tensor = getattr(given, name)
+            getattr(other, name).copy_(torch.cat([tensor[length:], tensor[:length]]))
+        ends = {"out": 33, "lse": 33, "dq": 33, "dk": 65, "dv": 65}
+        for name, tensor in expected.items():
+            axis = 1 if name == "lse" else 0
+            expected[name] = tensor.roll(-ends[name], axis)
+        assert_same(run(subject, other), expected, other)
 
     def test_kernels_wait_for_what_their_stream_waits_for(self, subject: Subject) -> None:
         """A stream that is not the default one makes the inputs and is busy with it."""

@@ -64,6 +64,19 @@ class MemoryTests(ProviderTestsBase):
         query, key, value = projection.split(heads, 1)
         assert_same_results(subject, replace(plain, query=query, key=key, value=value), plain)
 
+    @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+    def test_each_input_may_lie_in_its_own_way(self, subject: Subject, packed: bool) -> None:
+        """The strides of one tensor say nothing about another's, those of key about value's."""
+        if packed:
+            plain = problem(subject, kv_heads=2, lengths=((33, 65), (70, 70)))
+            inputs = replace(plain, key=_slice(plain.key, wider=64))
+        else:
+            plain = problem(subject, kv_heads=2)
+            inputs = replace(plain, key=_heads_first(plain.key), value=_rows_outermost(plain.value))
+        assert_same_results(subject, inputs, plain)
+        inputs = replace(plain, value=inputs.key.copy_(plain.value))
+        assert_same_results(subject, inputs, plain)
+
     def test_inputs_may_be_one_tensor(self, subject: Subject) -> None:
         """Query, key and value have one address, and gradients of their own."""
         plain = problem(subject, heads=2, kv_heads=2, seq_q=97)
@@ -155,6 +168,25 @@ class MemoryTests(ProviderTestsBase):
         more = ((0, 0), (33, 65), (0, 0), (0, 0), (1, 97), (70, 70), (0, 0))
         inputs = problem(subject, lengths=more)
         assert_same_results(subject, inputs, plain)
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+    def test_sequences_may_be_many(self, subject: Subject, packed: bool) -> None:
+        """Each of forty is as it is among two: more than a warp has threads."""
+        shape = {"heads": 1, "kv_heads": 1}
+        if packed:
+            few = problem(subject, lengths=((3, 5), (1, 4)), **shape)
+            inputs = problem(subject, lengths=((3, 5), (1, 4)) * 20, **shape)
+        else:
+            few = problem(subject, seq_q=3, seq_k=5, **shape)
+            inputs = few
+        many = _laid_out(inputs, lambda x: x)
+        for name in ("query", "key", "value", "grad_out"):
+            tensor = getattr(few, name)
+            many = replace(many, **{name: tensor.repeat(20, *[1] * (tensor.dim() - 1))})
+        found = run(subject, many)
+        for name, tensor in run(subject, few).items():
+            times = (1, 20) if packed and name == "lse" else (20, *[1] * (tensor.dim() - 1))
+            assert_same({name: found[name]}, {name: tensor.repeat(times)}, many)
 
     def test_longest_lengths_are_bounds(self, subject: Subject) -> None:
         """``max_seqlen_query`` and ``max_seqlen_key`` may be larger than any sequence is."""
