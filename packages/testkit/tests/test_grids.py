@@ -67,7 +67,7 @@ def test_the_ids_of_a_grid_are_unique_and_repeat(grid: str) -> None:
 
 def test_grids_grow() -> None:
     quick, standard, exhaustive = (len(case_grid(grid)) for grid in GRIDS)
-    assert quick < 50, "for a CPU, in Triton's interpreter too"
+    assert quick < 55, "for a CPU, in Triton's interpreter too"
     assert 200 < standard < 400, "for minutes on a GPU"
     assert exhaustive > 10 * standard
 
