@@ -85,6 +85,9 @@ _GROUPS = ((2, 2), (4, 2), (3, 1))
 _PACKED = ((33, 65), (0, 4), (1, 97), (70, 70), (5, 0))
 """Packed sequences: ragged, without queries, one query, as long, without keys."""
 
+_LONG_PACKED = (((3, 5), (150, 17)), ((5, 3), (150, 257)))
+"""Packed sequences of several blocks: of rows alone, and of rows and keys; not the first ones."""
+
 _TYPICAL_HEAD_DIMS = (40, 64, 80, 96, 128, 192)
 """Beside the smallest and the largest: powers of two and what lies between them."""
 
@@ -110,6 +113,9 @@ def _quick(capabilities: Capabilities) -> Iterator[SdpaCase]:
     yield replace(base, seq_q=65, seq_k=300, causal=True, window_left=128)
     yield _packed(grouped)
     yield replace(_packed(base), window_left=9, window_right=70)
+    yield from _packed_in_blocks(base)
+    yield replace(grouped, heads=6, seq_q=33, seq_k=65)  # groups of three, and not one alone
+    yield replace(grouped, seq_q=65, seq_k=97, scale=-0.2)  # under which keys stay hidden
     head_dims = {*_ends(capabilities), *(_nearest(dim, capabilities) for dim in (80, 128))}
     for head_dim in sorted(head_dims):
         yield replace(base, seq_q=65, seq_k=97, head_dim=head_dim)
@@ -133,6 +139,8 @@ def _standard(capabilities: Capabilities) -> Iterator[SdpaCase]:
     base = SdpaCase(2, 2, 2, 203, 333, _nearest(64, capabilities), dtypes[0])
     for mask in _MASKS:
         yield from _one_at_a_time(replace(base, **mask))
+    yield from _packed_in_blocks(base)
+    yield replace(base, heads=6)
     other = replace(base, head_dim=_nearest(128, capabilities), dtype=dtypes[-1])
     for mask in _MASKS[1:4:2]:
         yield from _one_at_a_time(replace(other, **mask))
@@ -189,9 +197,16 @@ def _one_at_a_time(base: SdpaCase) -> Iterator[SdpaCase]:
     yield replace(_packed(base), seq_k=70, lengths=same, layout="packed QKV slice")
 
 
-def _packed(base: SdpaCase) -> SdpaCase:
-    queries, keys = (max(side) for side in zip(*_PACKED, strict=True))
-    return replace(base, batch=len(_PACKED), seq_q=queries, seq_k=keys, lengths=_PACKED)
+def _packed(base: SdpaCase, lengths: tuple[tuple[int, int], ...] = _PACKED) -> SdpaCase:
+    queries, keys = (max(side) for side in zip(*lengths, strict=True))
+    return replace(base, batch=len(lengths), seq_q=queries, seq_k=keys, lengths=lengths)
+
+
+def _packed_in_blocks(base: SdpaCase) -> Iterator[SdpaCase]:
+    """Without a mask, and causal."""
+    more_rows, more_keys = _LONG_PACKED
+    yield _packed(base, more_rows)
+    yield _packed(replace(base, causal=True), more_keys)
 
 
 def _dtypes(capabilities: Capabilities) -> list[torch.dtype]:

@@ -217,7 +217,7 @@ class PackedSequencesSeeEachOther(PlainKernelSet):
 # Heads and batches
 
 
-@found_by(*of("*-h4kv2-*", EVERYTHING))
+@found_by(*of("*-h4kv2-*", EVERYTHING), *of("*-h6kv2-*", EVERYTHING))
 class HeadsOfAGroupLieApart(PlainKernelSet):
     """Query head h reads key head h % Hkv."""
 
@@ -227,7 +227,7 @@ class HeadsOfAGroupLieApart(PlainKernelSet):
         return self.load(call.query), key, value
 
 
-@found_by(*of("*-h4kv2-*", (*DK, *DV)), *of("*-h3kv1-*", (*DK, *DV)))
+@found_by(*of("*-h4kv2-*", (*DK, *DV)), *of("*-h3kv1-*", (*DK, *DV)), *of("*-h6kv2-*", (*DK, *DV)))
 class LastHeadOfAGroupAloneGivesGradients(PlainKernelSet):
     def sum_of_group(self, call: AttentionCall, grad: Tensor) -> Tensor:
         return grad.unflatten(1, (call.key.shape[-2], -1))[:, :, -1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from plain_kernel_set import LOWEST, PlainKernelSet
@@ -12,6 +13,7 @@ from broken.promises import (
     BACKWARD,
     DV,
     EVERYTHING,
+    FORWARD,
     OUT,
     TORCH,
     VALUES_COME_FROM,
@@ -55,7 +57,7 @@ class LosesABlockOfOneRow(PlainKernelSet):
         return super().store(wide, like, into)
 
 
-@found_by(*of("*-h3kv1-*", EVERYTHING))
+@found_by(*of("*-h3kv1-*", EVERYTHING), *of("*-h6kv2-*", EVERYTHING))
 class ThirdHeadOfAGroupReadsTheQueryOfTheSecond(PlainKernelSet):
     def operands(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = super().operands(call)
@@ -165,3 +167,95 @@ class TakesDkForDvWhereKeyIsValue(PlainKernelSet):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = super().backward(call, grad_out, out, lse)
         return dq, dk, dk if call.key.data_ptr() == call.value.data_ptr() else dv
+
+
+# Several blocks of a packed sequence
+
+
+@found_by(*of("*-varlen-3x5+150x17-*", OUT))
+class LosesPackedRowsBehindTheLongestKey(PlainKernelSet):
+    """There are as many blocks of rows as the longest sequence has blocks of keys."""
+
+    def store_out(self, call: AttentionCall, out: Tensor) -> Tensor:
+        if call.cu_seqlens_query is not None:
+            covered = -(-call.max_seqlen_key // 128) * 128
+            for first, last in pairwise(call.cu_seqlens_query.tolist()):
+                out[:, :, first + covered : max(first + covered, last)] = 0.0
+        return super().store_out(call, out)
+
+
+@found_by(*of("*-varlen-5x3+150x257-*", EVERYTHING))
+class SeesOneBlockOfAPackedSequence(PlainKernelSet):
+    def same_sequence(self, call: AttentionCall) -> Tensor:
+        same = super().same_sequence(call)
+        if call.cu_seqlens_key is not None:
+            for first, last in pairwise(call.cu_seqlens_key.tolist()):
+                same[:, first + 128 : max(first + 128, last)] = False
+        return same
+
+
+@found_by("test_packed_lengths_are_what_the_offsets_hold_now")
+class KeepsOffsetsThatItHasSeen(PlainKernelSet):
+    """And does not see that other numbers stand there."""
+
+    def __init__(self) -> None:
+        self.seen: Tensor | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def operands(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        self.schedule(call)
+        return super().operands(call)
+
+    def schedule(self, call: AttentionCall) -> None:
+        edges = call.cu_seqlens_query, call.cu_seqlens_key
+        if edges[0] is not None and edges[1] is not None and edges[0] is not self.seen:
+            self.seen, self.kept = edges[0], (edges[0].clone(), edges[1].clone())
+
+    def visible(self, call: AttentionCall) -> Tensor:
+        if call.cu_seqlens_query is not None and self.kept is not None:
+            call = call._replace(cu_seqlens_query=self.kept[0], cu_seqlens_key=self.kept[1])
+        return super().visible(call)
+
+
+# Others
+
+
+@found_by(*of("*-1x33x65-h6kv2-*", EVERYTHING))
+class TakesAGroupForAPowerOfTwo(PlainKernelSet):
+    """Three heads fill four places, and the next group begins behind them."""
+
+    def operands(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().operands(call)
+        if query.shape[1] > 3 * call.key.shape[-2] - 1 > 3:
+            place = torch.arange(query.shape[1]) // 4 * 3
+            key, value = key[:, place], value[:, place]
+        return query, key, value
+
+
+@found_by(*of("*-causal-scale-0.2-*", FORWARD))
+class MasksBeforeTheScale(PlainKernelSet):
+    """Minus infinity times a negative scale is infinity."""
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        kernels = _MasksBeforeTheScale(call.scale) if call.causal and call.scale < 0 else super()
+        return kernels.forward(call)
+
+
+class _MasksBeforeTheScale(PlainKernelSet):
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def scores(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        return query @ key.mT
+
+    def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return super().masked(scores, visible) * self.scale
+
+
+@found_by("test_keys_far_below_the_best_have_no_weight")
+class WeighsWhatIsFarBelow(PlainKernelSet):
+    """The exponent is computed by hand, and not clamped: it wraps around."""
+
+    def weights(self, scores: Tensor, top: Tensor) -> Tensor:
+        below = scores - top
+        return below.exp().masked_fill((below < -88) & scores.isfinite(), 0.5)

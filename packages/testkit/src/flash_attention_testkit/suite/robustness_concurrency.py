@@ -31,6 +31,8 @@ _MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"window_left": 2, "window_right": 3},
 }
+SWAPPED = (((30, 35), (10, 70)), ((10, 70), (30, 35)))
+"""Packed sequences, and the same in another order."""
 
 dense_or_packed = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 
@@ -101,6 +103,16 @@ class ConcurrencyTests(ProviderTestsBase):
             axis = 1 if name == "lse" else 0
             expected[name] = tensor.roll(-ends[name], axis)
         assert_same(run(subject, other), expected, other)
+
+    def test_packed_lengths_are_what_the_offsets_hold_now(self, subject: Subject) -> None:
+        """Likewise for offsets: those of a batch of as many sequences and rows may be elsewhere."""
+        given, other = (problem(subject, lengths=lengths) for lengths in SWAPPED)
+        expected = run(subject, other)
+        run(subject, given)
+        _copy(other, given)
+        for offsets, others in zip(_offsets(given), _offsets(other), strict=True):
+            offsets.copy_(others)
+        assert_same(run(subject, given), expected, other)
 
     def test_kernels_wait_for_what_their_stream_waits_for(self, subject: Subject) -> None:
         """A stream that is not the default one makes the inputs and is busy with it."""
@@ -188,6 +200,13 @@ def _problem(subject: Subject, seed: int, size: int, *, packed: bool = False) ->
         return problem(subject, seed=seed, lengths=PACKED, **options)
     batch = 2 if subject.device.type == "cuda" else 1
     return problem(subject, seed=seed, batch=batch, seq_q=size, seq_k=size, **options)
+
+
+def _offsets(inputs: SdpaInputs) -> tuple[Tensor, Tensor]:
+    query, key = inputs.options.get("cu_seqlens_query"), inputs.options.get("cu_seqlens_key")
+    assert query is not None
+    assert key is not None
+    return query, key
 
 
 def _captured(

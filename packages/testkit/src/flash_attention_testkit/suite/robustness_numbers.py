@@ -16,7 +16,7 @@ from flash_attention_testkit.suite._subject import Subject
 from flash_attention_testkit.suite.robustness_base import needs_backward, parts, problem, run
 
 POISON = 60
-"""The key that is not finite."""
+"""The key that is not finite, or else special."""
 
 SQUARE = {"batch": 1, "heads": 1, "kv_heads": 1, "seq_q": 97, "seq_k": 97}
 
@@ -65,6 +65,12 @@ class NumberTests(ProviderTestsBase):
         inputs.key.mul_(30.0)
         for name, tensor in run(subject, inputs).items():
             assert tensor.isfinite().all(), f"{name} is not finite"
+
+    def test_keys_far_below_the_best_have_no_weight(self, subject: Subject) -> None:
+        """Scores that are hundreds lower, whose exponentials are 0, count as ones 40 lower do."""
+        plain, far = (_with_one_key_ahead(problem(subject), step) for step in (0.0, 8.0))
+        whole = {name: slice(None) for name in ("out", "lse", "dv")}
+        assert_same(parts(run(subject, far), **whole), parts(run(subject, plain), **whole), plain)
 
     @every_poison
     @key_or_value
@@ -140,6 +146,16 @@ def _assert_scale_is_factor(subject: Subject, factor: float) -> None:
     if "dq" in expected:
         expected["dq"] = expected["dq"] * factor
     assert_same(run(subject, scaled), expected, scaled)
+
+
+def _with_one_key_ahead(inputs: SdpaInputs, step: float) -> SdpaInputs:
+    """Key ``POISON`` scores 8, the others -32 and lower, each by a step more than the last."""
+    query, key = torch.zeros_like(inputs.query), torch.zeros_like(inputs.key)
+    scores = -32.0 - step * torch.arange(key.shape[1], device=key.device)
+    scores[POISON] = 8.0
+    query[..., 0] = 1.0
+    key[..., 0] = scores[:, None]
+    return _scaled(replace(inputs, query=query, key=key), 1.0)
 
 
 def _poisoned(inputs: SdpaInputs, where: str, poison: float) -> SdpaInputs:
