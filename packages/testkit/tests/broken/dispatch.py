@@ -101,7 +101,12 @@ class NamesALengthInItsReason(PlainKernelSet):
     SCALE,
     SCALE_OF_BACKWARD,
     SCALE_IS_A_FACTOR,
-    also=(NEGATIVE_SCALE, ZERO_SCALE, *of("*-scale*", EVERYTHING)),
+    also=(
+        NEGATIVE_SCALE,
+        ZERO_SCALE,
+        *of("*-scale*", EVERYTHING),
+        "test_keys_far_below_the_best_have_no_weight",
+    ),
 )
 class TakesTheScaleFromTheHeadDim(PlainKernelSet):
     def scores(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:

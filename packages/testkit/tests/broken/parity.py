@@ -22,6 +22,7 @@ from broken.promises import (
     MASKS,
     NEGATIVE_SCALE,
     NEIGHBOURS,
+    OTHER_CALLS,
     OUT,
     OUTSIDE,
     ROWS_SEE,
@@ -52,7 +53,7 @@ class ScaleIsOnePercentOff(PlainKernelSet):
         return super().scores(call, query, key) * 1.01
 
 
-@found_by(*FORWARD, also=TORCH)
+@found_by(*FORWARD, also=TORCH, perhaps=OTHER_CALLS)
 class ForgetsToRescale(PlainKernelSet):
     def rescale(self, top: Tensor, higher: Tensor) -> Tensor:
         return torch.ones_like(top)
@@ -89,6 +90,7 @@ class SubtractsNoMaximum(PlainKernelSet):
         "test_gradients_are_written_whole",
         "test_rows_without_keys_are_zero",
     ),
+    perhaps=OTHER_CALLS,
 )
 class IsNotANumberWhereTheFirstBlockIsHidden(PlainKernelSet):
     """Minus infinity less minus infinity."""
@@ -187,7 +189,12 @@ class WindowIsOneKeyTooNarrowOnTheRight(PlainKernelSet):
         return super().visible(call._replace(window_right=None if right is None else right - 1))
 
 
-@found_by(VALUES_COME_FROM, *of("*-left*", BACKWARD), *of("*-right*", BACKWARD), also=(OUTSIDE,))
+@found_by(
+    VALUES_COME_FROM,
+    *of("*-left*", BACKWARD),
+    *of("*-right*", BACKWARD),
+    also=(OUTSIDE, "test_masks_are_of_this_call[window]"),
+)
 class BackwardKnowsNoWindow(PlainKernelSet):
     def backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor
@@ -201,6 +208,8 @@ class BackwardKnowsNoWindow(PlainKernelSet):
     *of("*-varlen-*", EVERYTHING),
     NEIGHBOURS,
     also=(
+        *of("*-packed, one row each", MASKS),
+        "test_sequences_may_be_many[packed]",
         f"{WINDOWS}[*-packed]",
         "test_causal_hides_the_keys_after_the_diagonal[*packed]",
         "test_causal_is_aligned_to_the_last_row_and_key[*-packed]",
@@ -217,7 +226,7 @@ class PackedSequencesSeeEachOther(PlainKernelSet):
 # Heads and batches
 
 
-@found_by(*of("*-h4kv2-*", EVERYTHING), *of("*-h6kv2-*", EVERYTHING))
+@found_by(*of("*-h4kv2-*", EVERYTHING), *of("*-h6kv2-*", EVERYTHING), *of("*-h16kv2-*", EVERYTHING))
 class HeadsOfAGroupLieApart(PlainKernelSet):
     """Query head h reads key head h % Hkv."""
 
@@ -227,13 +236,18 @@ class HeadsOfAGroupLieApart(PlainKernelSet):
         return self.load(call.query), key, value
 
 
-@found_by(*of("*-h4kv2-*", (*DK, *DV)), *of("*-h3kv1-*", (*DK, *DV)), *of("*-h6kv2-*", (*DK, *DV)))
+@found_by(
+    *of("*-h4kv2-*", (*DK, *DV)),
+    *of("*-h3kv1-*", (*DK, *DV)),
+    *of("*-h6kv2-*", (*DK, *DV)),
+    *of("*-h16kv2-*", (*DK, *DV)),
+)
 class LastHeadOfAGroupAloneGivesGradients(PlainKernelSet):
     def sum_of_group(self, call: AttentionCall, grad: Tensor) -> Tensor:
         return grad.unflatten(1, (call.key.shape[-2], -1))[:, :, -1]
 
 
-@found_by(*of("*-2x*", OUT), also=(*TORCH, ZERO_SCALE))
+@found_by(*of("*-2x*", OUT), *of("*-4x5x9-*", OUT), also=(*TORCH, ZERO_SCALE))
 class AllSequencesHaveTheFirstValues(PlainKernelSet):
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         value = call.value
@@ -245,7 +259,11 @@ class AllSequencesHaveTheFirstValues(PlainKernelSet):
 # The backward
 
 
-@found_by(*DV, also=(VALUES_COME_FROM, "test_rows_behind_the_last_packed_sequence_are_not_read"))
+@found_by(
+    *DV,
+    also=(VALUES_COME_FROM, "test_rows_behind_the_last_packed_sequence_are_not_read"),
+    perhaps=OTHER_CALLS,
+)
 class LosesTheLastRowsOfDv(PlainKernelSet):
     """Those that fill no block of 32."""
 
@@ -260,7 +278,7 @@ class ScalesDqTwice(PlainKernelSet):
         return super().store_dq(call, dq * call.scale)
 
 
-@found_by(*DK, also=(SCALE_OF_BACKWARD, NEGATIVE_SCALE, SCALE_IS_A_FACTOR))
+@found_by(*DK, also=(SCALE_OF_BACKWARD, NEGATIVE_SCALE, SCALE_IS_A_FACTOR), perhaps=OTHER_CALLS)
 class ForgetsTheScaleOfDk(PlainKernelSet):
     def store_dk(self, call: AttentionCall, dk: Tensor) -> Tensor:
         return super().store_dk(call, dk / (call.scale or 1.0))
@@ -272,7 +290,11 @@ class ForgetsTheDelta(PlainKernelSet):
         return torch.zeros_like(super().delta(grad_out, out))
 
 
-@found_by(*DQ, also=("test_rows_behind_the_last_packed_sequence_are_not_read",))
+@found_by(
+    *DQ,
+    also=("test_rows_behind_the_last_packed_sequence_are_not_read",),
+    perhaps=OTHER_CALLS,
+)
 class LosesTheLastBlockOfDq(PlainKernelSet):
     """Where it is no whole one."""
 

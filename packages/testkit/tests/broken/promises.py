@@ -34,6 +34,13 @@ SCALE_IS_A_FACTOR = "test_a_scale_is_a_factor_of_the_query"
 SCALE = "test_scale_is_the_callers"
 SCALE_OF_BACKWARD = "test_scale_of_the_backward_is_the_callers"
 
+OTHER_CALLS = (
+    "test_masks_are_of_this_call",
+    "test_packed_sequences_are_of_this_call",
+    "test_sequences_may_be_many",
+)
+"""They compare calls with each other, which may or may not show what is wrong in all of them."""
+
 DRAWN = "test_drawn_cases_are_right"
 """May find whatever is wrong, or may not: the cases differ between versions of hypothesis."""
 

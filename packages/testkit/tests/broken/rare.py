@@ -66,7 +66,11 @@ class ThirdHeadOfAGroupReadsTheQueryOfTheSecond(PlainKernelSet):
         return query, key, value
 
 
-@found_by(*of("*-2x*", DV))
+@found_by(
+    *of("*-2x*", DV),
+    *of("*-4x5x9-*", DV),
+    also=("test_sequences_may_be_many[dense]",),
+)
 class DvOfTheSecondSequenceIsTheFirsts(PlainKernelSet):
     def store_dv(self, call: AttentionCall, dv: Tensor) -> Tensor:
         return super().store_dv(call, dv if len(dv) == 1 else dv[[0, *range(len(dv) - 1)]])
@@ -88,7 +92,11 @@ class TakesTheHighestScoreBeforeTheScale(PlainKernelSet):
         return kernels.forward(call)
 
 
-@found_by(*of("*-2x65x97-h4kv2-*", EVERYTHING), also=(*TORCH, ZERO_SCALE))
+@found_by(
+    *of("*-2x65x97-h4kv2-*", EVERYTHING),
+    *of("*-4x5x9-h16kv2-*", EVERYTHING),
+    also=(*TORCH, ZERO_SCALE),
+)
 class FindsASequencesKeysByTheHeadsOfTheQuery(PlainKernelSet):
     """The batch's stride of the key is computed, and from the wrong number of heads."""
 
@@ -220,7 +228,7 @@ class KeepsOffsetsThatItHasSeen(PlainKernelSet):
 # Others
 
 
-@found_by(*of("*-1x33x65-h6kv2-*", EVERYTHING))
+@found_by(*of("*-1x33x65-h6kv2-*", EVERYTHING), *of("*-h16kv2-*", EVERYTHING))
 class TakesAGroupForAPowerOfTwo(PlainKernelSet):
     """Three heads fill four places, and the next group begins behind them."""
 

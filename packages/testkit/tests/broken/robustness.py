@@ -31,6 +31,7 @@ STRIDES = (
     *of("*-BHSD-*", EVERYTHING),
     *of("*-packed-QKV-slice-*", EVERYTHING),
     also=(
+        "test_each_input_may_lie_in_its_own_way",
         "test_grad_out_may_be_expanded",
         "test_gradients_do_not_depend_on_how_grad_out_lies",
         "test_inputs_may_be_expanded",
