@@ -5,62 +5,11 @@
 
 #include "launch.h"
 #include "plan.h"
+#include "tensor_map.h"
 #include "tiles.h"
 
 namespace fa4 {
 namespace {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver that is there, so that the library loads without one.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
-                                         &result) != cudaSuccess ||
-        result != cudaDriverEntryPointSuccess) {
-      entry = nullptr;
-    }
-    return reinterpret_cast<EncodeTiled>(entry);
-  }();
-  return function;
-}
-
-// A tensor as the copy engine sees it, columns first. Columns beyond head_dim and rows beyond the
-// last are read as zeros.
-struct TensorMapBuilder {
-  Element element;
-  int head_dim;
-
-  template <int kRank>
-  int encode(CUtensorMap* map, void* data, const int64_t (&sizes)[kRank],
-             const int64_t (&strides)[kRank], const int (&boxes)[kRank]) const {
-    cuuint64_t dims[kRank + 1] = {static_cast<cuuint64_t>(head_dim)}, stride_bytes[kRank];
-    cuuint32_t box_dims[kRank + 1] = {kPanelColumns}, steps[kRank + 1] = {1};
-    for (int i = 0; i < kRank; ++i) {
-      dims[i + 1] = sizes[i];
-      // A dimension of size one has whatever stride torch gave it.
-      stride_bytes[i] = sizes[i] == 1 ? 16 : strides[i] * kElementBytes;
-      box_dims[i + 1] = boxes[i];
-      steps[i + 1] = 1;
-    }
-    // Fetching 256 bytes to L2 at a time is 15% slower where rows start at odd multiples of 16
-    // bytes (head_dim 72), and no faster elsewhere.
-    const CUresult result =
-        encode_tiled()(map,
-                       element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                       kRank + 1, data, dims, stride_bytes, box_dims, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? FA4_OK : FA4_UNSUPPORTED_STRIDE;
-  }
-};
-
-TensorView view_of(const fa4_tensor& tensor, bool packed) {
-  return {tensor.data, packed ? 0 : tensor.stride_batch, tensor.stride_seq, tensor.stride_head};
-}
 
 int make_tensor_maps(ForwardParams& params, const fa4_forward_args& args, const ForwardTile& tile,
                      int packed_heads) {
@@ -133,18 +82,6 @@ int plan_for_device(const fa4_forward_args& args, fa4_forward_plan& plan) {
   return FA4_OK;
 }
 
-// Tensor maps are encoded in the context of the calling thread, and a thread that has not used CUDA
-// yet has none: torch's allocator may have given it memory from its cache.
-cudaError_t enter_context() {
-  static thread_local bool entered = false;
-  if (entered) return cudaSuccess;
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  entered = error == cudaSuccess;
-  return error;
-}
-
 int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
   if (plan.tiles == 0) return FA4_OK;
   if (plan.workspace_bytes > 0 &&
@@ -182,10 +119,7 @@ int launch(const fa4_forward_args& args, const fa4_forward_plan& plan) {
   params.window_right = window.right;
   params.scale = std::fabs(args.scale);
   params.negate_q = args.scale < 0;
-  // Zero would make NaN of a masked -inf. The smallest normal number makes the same weights of
-  // every finite score.
-  constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
-  params.scale_log2 = params.scale * kLog2E < kSmallest ? kSmallest : params.scale * kLog2E;
+  params.scale_log2 = scale_log2_of(params.scale);
   params.empty_lse = args.empty_lse;
   params.schedule = {.tiles = plan.tiles,
                      .tile_queries = plan.tile_queries,

@@ -3,22 +3,24 @@
 Run ``python generate_wgmma.py > wgmma_instructions.cuh`` after a change; a test compares the two.
 """
 
-# N of S = Q K^T are the block_n of tiles.h, N of O += P V its head_dims.
+# N of S = Q K^T are the block_n of tiles.h, N of O += P V its head_dims; the products of the backward
+# (backward_tiles.h) need no other sizes.
 SIZES = (64, 80, 96, 112, 128, 192, 256)
 TYPES = {"kHalf": "f16", "kBfloat16": "bf16"}
 
 
-def instruction(n: int, ptx_type: str, name: str, b_transposed: int) -> list[str]:
+def instruction(n: int, ptx_type: str, name: str, a_mn: int, b_mn: int) -> list[str]:
     """One wrapper: ``ss`` takes A through a descriptor, ``rs`` from four registers."""
     registers = n // 2
-    a_count = 1 if name == "ss" else 4
+    from_shared = name.startswith("ss")
+    a_count = 1 if from_shared else 4
     a_slots = [f"%{registers + i}" for i in range(a_count)]
-    a_text = a_slots[0] if name == "ss" else "{" + ", ".join(a_slots) + "}"
+    a_text = a_slots[0] if from_shared else "{" + ", ".join(a_slots) + "}"
     b_slot = registers + a_count
     # Behind the accumulate predicate: +A, +B, then of operands in shared memory: is it MN-major.
-    tail = "1, 1, 0, 0" if name == "ss" else f"1, 1, {b_transposed}"
-    a_parameter = "uint64_t a" if name == "ss" else "const uint32_t* a"
-    a_inputs = ['"l"(a)'] if name == "ss" else [f'"r"(a[{i}])' for i in range(4)]
+    tail = f"1, 1, {a_mn}, {b_mn}" if from_shared else f"1, 1, {b_mn}"
+    a_parameter = "uint64_t a" if from_shared else "const uint32_t* a"
+    a_inputs = ['"l"(a)'] if from_shared else [f'"r"(a[{i}])' for i in range(4)]
     accumulators = ", ".join(f"%{i}" for i in range(registers))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
     inputs = ", ".join([*a_inputs, '"l"(b)', '"r"(accumulate)'])
@@ -40,9 +42,11 @@ def main() -> None:
     """Print the header."""
     lines = [
         "// Written by generate_wgmma.py; do not edit.",
-        "//   ss     S = Q K^T: A and B through descriptors, K-major",
-        "//   rs     S = Q K^T: A in registers, B through a descriptor, K-major",
-        "//   rs_mn  O += P V:  A in registers, B through a descriptor, MN-major (transposed)",
+        "//   ss        S = Q K^T: A and B through descriptors, K-major",
+        "//   rs        S = Q K^T: A in registers, B through a descriptor, K-major",
+        "//   rs_mn     O += P V: A in registers, B through a descriptor, MN-major (transposed)",
+        "//   ss_mn     as rs_mn, but A through a descriptor, K-major",
+        "//   ss_mn_mn  dQ += (dS^T)^T K: A and B through descriptors, MN-major",
         "// clang-format off",
         "#pragma once",
         "",
@@ -61,9 +65,11 @@ def main() -> None:
             lines += [
                 "template <>",
                 f"struct WgmmaInstruction<Element::{element}, {n}> {{",
-                *instruction(n, ptx_type, "ss", 0),
-                *instruction(n, ptx_type, "rs", 0),
-                *[line.replace(" rs(", " rs_mn(") for line in instruction(n, ptx_type, "rs", 1)],
+                *instruction(n, ptx_type, "ss", 0, 0),
+                *instruction(n, ptx_type, "rs", 0, 0),
+                *instruction(n, ptx_type, "rs_mn", 0, 1),
+                *instruction(n, ptx_type, "ss_mn", 0, 1),
+                *instruction(n, ptx_type, "ss_mn_mn", 1, 1),
                 "};",
                 "",
             ]

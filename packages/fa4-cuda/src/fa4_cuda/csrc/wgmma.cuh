@@ -33,6 +33,13 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
          (static_cast<uint64_t>(panel_bytes(8) >> 4) << 32) | (kSwizzle128 << 62);
 }
 
+// The same where registers are short: made anew at every use. What the compiler can see of a
+// descriptor it computes once for all its uses in a loop and keeps, then spills.
+__device__ __forceinline__ uint64_t fresh_descriptor(uint32_t address, uint32_t leading_bytes) {
+  asm volatile("" : "+r"(address));
+  return matrix_descriptor(address, leading_bytes);
+}
+
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

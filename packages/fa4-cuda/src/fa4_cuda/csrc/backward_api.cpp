@@ -1,0 +1,139 @@
+// The backward's part of the C ABI that needs CUDA: from arguments and plan to launches.
+#include <algorithm>
+
+#include "api.h"
+#include "backward_launch.h"
+#include "backward_plan.h"
+#include "plan.h"
+#include "tensor_map.h"
+
+namespace fa4 {
+namespace {
+
+BackwardLauncher launcher_of(int tile, Element element) {
+  switch (kBackwardTiles[tile].head_dim) {
+    case 64:
+      return backward_launcher<64>(tile, element);
+    case 96:
+      return backward_launcher<96>(tile, element);
+    case 128:
+      return backward_launcher<128>(tile, element);
+    case 192:
+      return backward_launcher<192>(tile, element);
+    default:
+      return backward_launcher<256>(tile, element);
+  }
+}
+
+int make_tensor_maps(BackwardParams& params, const fa4_backward_args& args,
+                     const BackwardTile& tile) {
+  const bool packed = args.cu_seqlens_q != nullptr;
+  const TensorMapBuilder builder{static_cast<Element>(args.element), args.head_dim};
+  const int64_t batch = packed ? 1 : args.batch;
+  const auto encode = [&](CUtensorMap* map, const fa4_tensor& tensor, int rows, int heads,
+                          int block) {
+    return builder.encode<3>(map, tensor.data, {rows, heads, batch},
+                             {tensor.stride_seq, tensor.stride_head, tensor.stride_batch},
+                             {block, 1, 1});
+  };
+  const int rows_q = packed ? args.total_q : args.seq_q;
+  const int rows_k = packed ? args.total_k : args.seq_k;
+  if (rows_q == 0) return FA4_OK;  // nothing will be loaded
+  int status = encode(&params.q_map, args.q, rows_q, args.heads_q, tile.block_m);
+  if (status == FA4_OK)
+    status = encode(&params.grad_out_map, args.grad_out, rows_q, args.heads_q, tile.block_m);
+  if (status == FA4_OK)
+    status = encode(&params.k_map, args.k, rows_k, args.heads_k, tile.block_n);
+  if (status == FA4_OK)
+    status = encode(&params.v_map, args.v, rows_k, args.heads_k, tile.block_n);
+  return status;
+}
+
+// Key heads whose blocks are worked on side by side, longest first: as many as have what all their
+// blocks share, Q, dO and the sums of dQ, in L2 (50 MB). Without a mask blocks are equal, and those
+// of one head follow each other.
+int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mask) {
+  if (mask == Mask::kFull) return 1;
+  constexpr int64_t kSectionBytes = 32 << 20, kSectionHeads = 16;
+  const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} * (args.heads_q / args.heads_k) *
+                             tile.head_dim * (2 * kElementBytes + 4);
+  return static_cast<int>(
+      std::clamp<int64_t>(kSectionBytes / head_bytes, 1, kSectionHeads));
+}
+
+int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
+  const bool packed = args.cu_seqlens_q != nullptr;
+  const bool queries =
+      args.heads_q > 0 && args.batch > 0 && (packed ? args.total_q : args.seq_q) > 0;
+  if (!queries && plan.grid == 0) return FA4_OK;
+  const BackwardWorkspace workspace = lay_out_workspace(args, plan);
+  if (workspace.bytes > 0 && (args.workspace == nullptr ||
+                              args.workspace_bytes < static_cast<size_t>(workspace.bytes))) {
+    return FA4_WORKSPACE_TOO_SMALL;
+  }
+  if (encode_tiled() == nullptr) return FA4_DRIVER_WITHOUT_TENSOR_MAP;
+  if (const cudaError_t error = enter_context(); error != cudaSuccess) return -error;
+
+  const BackwardTile& tile = kBackwardTiles[plan.tile];
+  const auto element = static_cast<Element>(args.element);
+  const Window window = window_of(args);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  auto* const memory = static_cast<char*>(args.workspace);
+
+  BackwardParams params{};
+  params.q = view_of(args.q, packed);
+  params.k = view_of(args.k, packed);
+  params.v = view_of(args.v, packed);
+  params.out = view_of(args.out, packed);
+  params.grad_out = view_of(args.grad_out, packed);
+  params.dq = view_of(args.dq, packed);
+  params.dk = view_of(args.dk, packed);
+  params.dv = view_of(args.dv, packed);
+  params.lse = args.lse;
+  params.lse_stride_batch = packed ? 0 : args.lse_stride_batch;
+  params.lse_stride_head = args.lse_stride_head;
+  params.dq_sums = reinterpret_cast<float*>(memory);
+  params.negative_lse = reinterpret_cast<float*>(memory + workspace.negative_lse);
+  params.delta = reinterpret_cast<float*>(memory + workspace.delta);
+  params.turns = plan.deterministic ? reinterpret_cast<int*>(memory + workspace.turns) : nullptr;
+  params.workspace_rows = workspace_rows(args);
+  params.cu_seqlens_q = args.cu_seqlens_q;
+  params.cu_seqlens_k = args.cu_seqlens_k;
+  params.seq_q = args.seq_q;
+  params.seq_k = args.seq_k;
+  params.batch = args.batch;
+  params.heads_q = args.heads_q;
+  params.heads_k = args.heads_k;
+  params.heads_per_group = args.heads_k == 0 ? 1 : args.heads_q / args.heads_k;
+  params.head_dim = args.head_dim;
+  params.window_left = window.left;
+  params.window_right = window.right;
+  params.scale = args.scale;
+  params.scale_log2 = scale_log2_of(args.scale);
+  if (plan.grid > 0) {
+    params.n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
+    params.section = section_of(args, tile, window.mask);
+    params.last_block_first = plan.deterministic && window.mask != Mask::kFull;
+    const int status = make_tensor_maps(params, args, tile);
+    if (status != FA4_OK) return status;
+  }
+
+  cudaError_t error = cudaSuccess;
+  if (queries) error = launch_backward_prepare(params, tile.head_dim, element, stream);
+  if (error == cudaSuccess && plan.grid > 0)
+    error = launcher_of(plan.tile, element)(params, plan.grid, stream);
+  if (error == cudaSuccess && queries)
+    error = launch_backward_finish(params, tile.head_dim, element, stream);
+  return -error;
+}
+
+}  // namespace
+}  // namespace fa4
+
+extern "C" int fa4_backward_with_plan(const fa4_backward_args* args,
+                                      const fa4_backward_plan* plan) {
+  const int status = fa4::check_backward(*args);
+  if (status != FA4_OK) return status;
+  if (plan->tile < 0 || plan->tile >= fa4::kBackwardTileCount) return FA4_INVALID_ARGUMENT;
+  return fa4::launch(*args, *plan);
+}

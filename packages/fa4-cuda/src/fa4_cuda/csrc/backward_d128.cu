@@ -1,0 +1,3 @@
+#include "backward_launch.cuh"
+
+template fa4::BackwardLauncher fa4::backward_launcher<128>(int tile, Element element);

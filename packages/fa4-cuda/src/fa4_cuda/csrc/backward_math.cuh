@@ -1,0 +1,210 @@
+// The arithmetic of a backward step between its products, and the ways of dS, dQ, dK and dV.
+//
+// Scores are held transposed: a row is a key, a column a query. A thread has rows `row` and
+// `row + 8` of its warp's sixteen, and columns 8 j and 8 j + 1 from its first, 2 (lane % 4).
+#pragma once
+
+#include "backward_pipeline.cuh"
+#include "epilogue.cuh"
+#include "mask.cuh"
+
+namespace fa4 {
+
+// The queries that see a thread's two keys, counted from the thread's first column of query 0.
+template <Mask kMask>
+struct ColumnMask {
+  int begin[2], end[2];
+
+  __device__ __forceinline__ ColumnMask(const BackwardParams& params, const BackwardWork& work,
+                                        int first_key, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const SeeingQueries<kMask> queries(params, work, first_key + 8 * r);
+      begin[r] = queries.begin - 2 * (lane & 3);
+      end[r] = queries.end - 2 * (lane & 3);
+    }
+  }
+
+  // S^T[64, M] of queries from first_query on: `value` where the query does not see the key.
+  template <int kBlockM>
+  __device__ __forceinline__ void apply(float (&s)[kBlockM / 2], int first_query,
+                                        float value) const {
+    static_assert(kBlockM <= 128, "a thread's columns are the bits of one word");
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t unseen = columns_before(begin[r] - first_query, 0);
+      if constexpr (kMask == Mask::kWindow) unseen |= ~columns_before(end[r] - first_query, 0);
+#pragma unroll
+      for (int i = 0; i < kBlockM / 4; ++i) {
+        if (unseen >> i & 1) s[4 * (i / 2) + 2 * r + i % 2] = value;
+      }
+    }
+  }
+};
+
+// P^T = exp2(scale_log2 * S^T - log2(e) * lse), rounded: the A operand of P^T dO.
+template <Element kElement, int kBlockM>
+__device__ __forceinline__ void probabilities(uint32_t (&p)[kBlockM / 4],
+                                              const float (&s)[kBlockM / 2], float scale_log2,
+                                              uint32_t negative_lse, int lane) {
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 l = ptx::load_shared_float2(negative_lse + 32 * j + 8 * (lane & 3));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      p[2 * j + r] =
+          ptx::pack<kElement>(ptx::exp2(fmaf(s[4 * j + 2 * r], scale_log2, l.x)),
+                              ptx::exp2(fmaf(s[4 * j + 2 * r + 1], scale_log2, l.y)));
+    }
+  }
+}
+
+// dS^T = P^T * (dP^T - delta), rounded: the A operand of dS^T Q.
+template <Element kElement, int kBlockM>
+__device__ __forceinline__ void score_gradients(uint32_t (&ds)[kBlockM / 4],
+                                                const uint32_t (&p)[kBlockM / 4],
+                                                const float (&dp)[kBlockM / 2], uint32_t delta,
+                                                int lane) {
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 d = ptx::load_shared_float2(delta + 32 * j + 8 * (lane & 3));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 weights = ptx::unpack<kElement>(p[2 * j + r]);
+      ds[2 * j + r] = ptx::pack<kElement>(weights.x * (dp[4 * j + 2 * r] - d.x),
+                                          weights.y * (dp[4 * j + 2 * r + 1] - d.y));
+    }
+  }
+}
+
+// 64 rows of a warp group into panels [kPanelRows, 64] from first_row on: both swizzled and as
+// operands are.
+template <int kColumns, int kPanelRows>
+__device__ __forceinline__ void store_operand(uint32_t tile, const uint32_t (&a)[kColumns / 4],
+                                              int first_row, int warp, int lane) {
+  const int row = first_row + warp * 16 + (lane & 15);
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j += 2) {
+    ptx::stmatrix_x4(panel_address(tile + j / 8 * panel_bytes(kPanelRows), row,
+                                   j % 8 + (lane >> 4)),
+                     a[2 * j], a[2 * j + 1], a[2 * j + 2], a[2 * j + 3]);
+  }
+}
+
+// The same way back.
+template <int kColumns, int kPanelRows>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[kColumns / 4], uint32_t tile,
+                                             int first_row, int warp, int lane) {
+  const int row = first_row + warp * 16 + (lane & 15);
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j += 2) {
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, panel_address(tile + j / 8 * panel_bytes(kPanelRows), row,
+                                      j % 8 + (lane >> 4)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[2 * j + i] = r[i];
+  }
+}
+
+// Rows of a tile that belong to the next of packed sequences become zero, so that no NaN of theirs
+// is multiplied with a zero of ours.
+template <int kRows, int kPanels, int kThreads>
+__device__ __forceinline__ void clear_rows(uint32_t tile, int first_row, int thread) {
+#pragma unroll 1
+  for (int i = thread; i < (kRows - first_row) * kPanels * 8; i += kThreads) {
+    const int panel = i / (8 * (kRows - first_row)), rest = i - panel * 8 * (kRows - first_row);
+    ptx::store_shared(tile + panel * panel_bytes(kRows) + first_row * kPanelRowBytes + 16 * rest,
+                      {0, 0, 0, 0});
+  }
+  ptx::fence_proxy_async();
+}
+
+// S^T[64, M] = K[64, D] Q[M, D]^T, both in shared memory; K of kKeys rows.
+template <Element kElement, int kHeadDim, int kKeys, int kBlockM>
+__device__ __forceinline__ void issue_scores(float (&s)[kBlockM / 2], uint64_t k, uint64_t q) {
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 16; ++d) {
+    const uint32_t column = (d % kPanelSteps) * 32;
+    WgmmaInstruction<kElement, kBlockM>::ss(
+        s, k + ((d / kPanelSteps * panel_bytes(kKeys) + column) >> 4),
+        q + ((d / kPanelSteps * panel_bytes(kBlockM) + column) >> 4), d != 0);
+  }
+}
+
+// dQ[64, 64] = dS[64, N] K[N, 64] from a panel of dS^T [N, 64] and one of K.
+template <Element kElement, int kBlockN>
+__device__ __forceinline__ void issue_dq(float (&dq)[32], uint64_t ds, uint64_t k) {
+#pragma unroll
+  for (int n = 0; n < kBlockN / 16; ++n) {
+    WgmmaInstruction<kElement, kPanelColumns>::ss_mn_mn(
+        dq, ds + n * (panel_bytes(16) >> 4), k + n * (panel_bytes(16) >> 4), n != 0);
+  }
+}
+
+// X[64, C] += A[64, M] B[M, C], A a panel [64, 64] in shared memory.
+template <Element kElement, int kColumns, int kBlockM>
+__device__ __forceinline__ void issue_from_panel(float (&x)[kColumns / 2], uint64_t a, uint64_t b) {
+  static_assert(kBlockM == kPanelColumns, "one panel");
+#pragma unroll
+  for (int m = 0; m < kBlockM / 16; ++m) {
+    WgmmaInstruction<kElement, kColumns>::ss_mn(x, a + (32 * m >> 4),
+                                                b + m * (panel_bytes(16) >> 4), 1);
+  }
+}
+
+// Adds this warp group's panel of dQ to the sums. `columns` of it exist.
+__device__ __forceinline__ void add_dq(float* sums, const float (&dq)[32], int columns,
+                                       int thread) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (8 * i < columns)
+      ptx::reduce_add(sums + (i * 128 + thread) * 4, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
+                      dq[4 * i + 3]);
+  }
+}
+
+// Waits for this thread block's turn to add to a panel, and hands it on.
+__device__ __forceinline__ void wait_turn(const int* turns, int turn, int thread, int barrier) {
+  if (thread == 0) {
+    while (ptx::load_acquire(turns) != turn) {
+    }
+  }
+  ptx::named_barrier_sync(barrier, 128);
+}
+
+__device__ __forceinline__ void pass_turn(int* turns, int thread, int barrier) {
+  __threadfence();
+  ptx::named_barrier_sync(barrier, 128);
+  if (thread == 0) ptx::add_release(turns, 1);
+}
+
+// dK or dV of a warp group's rows: rounded, 16 bytes a lane. `first_column` of the tensor is the
+// first of x.
+template <Element kElement, int kColumns>
+__device__ __forceinline__ void store_gradient(const BackwardParams& params,
+                                               const BackwardWork& work, const TensorView& tensor,
+                                               const float (&x)[kColumns / 2], float scale,
+                                               int first_key, int first_column, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int key = first_key + 8 * r;
+    uint16_t* row = static_cast<uint16_t*>(tensor.data) + work.batch * tensor.stride_batch +
+                    static_cast<int64_t>(work.k_start + key) * tensor.stride_seq +
+                    work.key_head * tensor.stride_head;
+#pragma unroll
+    for (int g = 0; g < kColumns / 32; ++g) {
+      uint32_t quad[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (4 * g + i) + 2 * r;
+        quad[i] = ptx::pack<kElement>(x[at] * scale, x[at + 1] * scale);
+      }
+      transpose_quad(quad, lane);
+      const int column = first_column + 32 * g + 8 * (lane & 3);
+      if (key < work.seq_k && column < params.head_dim)
+        *reinterpret_cast<uint4*>(row + column) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
+    }
+  }
+}
+
+}  // namespace fa4

@@ -1,0 +1,77 @@
+// How a backward call is served: decided from sizes alone, on the host, without a GPU.
+#include "backward_plan.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "plan.h"
+
+namespace fa4 {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t aligned(int64_t bytes) {
+  constexpr int64_t kAlignment = 128;
+  return ceil_div(bytes, kAlignment) * kAlignment;
+}
+
+// The row for a mask with the smallest head dim that holds the call's.
+int choose_tile(int head_dim, Mask mask) {
+  int best = -1;
+  for (int i = 0; i < kBackwardTileCount; ++i) {
+    const BackwardTile& tile = kBackwardTiles[i];
+    if (tile.mask != mask || tile.head_dim < head_dim) continue;
+    if (best < 0 || tile.head_dim < kBackwardTiles[best].head_dim) best = i;
+  }
+  return best;
+}
+
+}  // namespace
+
+int64_t workspace_rows(const fa4_backward_args& args) {
+  // Packed sequences begin at multiples of kRowAlignment rows, each up to so many later than in
+  // the tensors.
+  const int64_t rows = args.cu_seqlens_q != nullptr
+                           ? args.total_q + int64_t{args.batch} * kRowAlignment
+                           : args.seq_q;
+  return ceil_div(rows, kRowAlignment) * kRowAlignment;
+}
+
+BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_backward_plan& plan) {
+  const BackwardTile& tile = kBackwardTiles[plan.tile];
+  const bool packed = args.cu_seqlens_q != nullptr;
+  const int64_t rows = workspace_rows(args) * args.heads_q * (packed ? 1 : args.batch);
+  BackwardWorkspace workspace;
+  workspace.negative_lse = aligned(rows * tile.head_dim * 4);
+  workspace.delta = workspace.negative_lse + aligned(rows * 4);
+  workspace.turns = workspace.delta + aligned(rows * 4);
+  workspace.bytes =
+      workspace.turns + (plan.deterministic ? aligned(rows / 64 * tile.panels() * 4) : 0);
+  return workspace;
+}
+
+fa4_backward_plan plan_backward(const fa4_backward_args& args) {
+  const Window window = window_of(args);
+  fa4_backward_plan plan{};
+  plan.tile =
+      choose_tile(args.head_dim, window.mask == Mask::kWindow ? Mask::kWindow : Mask::kCausal);
+  plan.deterministic = args.deterministic != 0;
+  plan.grid = static_cast<int32_t>(ceil_div(args.seq_k, kBackwardTiles[plan.tile].block_n) *
+                                   args.heads_k * args.batch);
+  plan.workspace_bytes = lay_out_workspace(args, plan).bytes;
+  return plan;
+}
+
+}  // namespace fa4
+
+extern "C" int fa4_plan_backward(const fa4_backward_args* args, int, fa4_backward_plan* plan) {
+  const int status = fa4::check_backward(*args);
+  if (status != FA4_OK) return status;
+  // Packed sequences are launched as if all were as long as the longest.
+  const int64_t blocks = fa4::ceil_div(std::max(args->seq_q, args->seq_k), 64);
+  if (blocks * args->heads_q * args->batch > std::numeric_limits<int32_t>::max())
+    return FA4_UNSUPPORTED_SIZE;
+  *plan = fa4::plan_backward(*args);
+  return FA4_OK;
+}

@@ -1,0 +1,21 @@
+// The host's side of a backward launch.
+#pragma once
+
+#include "api.h"
+#include "backward_tiles.h"
+
+namespace fa4 {
+
+// Where the parts of the workspace begin, in bytes; sums of dQ come first.
+struct BackwardWorkspace {
+  int64_t negative_lse, delta, turns, bytes;
+};
+
+// Rows that the workspace holds of a head of every sequence; of all sequences if they are packed.
+int64_t workspace_rows(const fa4_backward_args& args);
+BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_backward_plan& plan);
+
+// Expects checked arguments.
+fa4_backward_plan plan_backward(const fa4_backward_args& args);
+
+}  // namespace fa4

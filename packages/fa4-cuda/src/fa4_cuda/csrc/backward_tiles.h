@@ -1,0 +1,89 @@
+// The tile table of the backward: which kernels exist. Host, device and (through
+// fa4_backward_tile_at) Python read this one.
+//
+// A thread block keeps block_n keys and goes over the queries that see them, block_m at a time:
+//   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ = dS K
+// What bounds a tile, per multiprocessor:
+//   shared memory  227 KB, for K, V, the stages of Q and dO, and what the two consumer warp groups
+//                  exchange: dS, and P where they share columns
+//   registers      240 a thread. dK and dV take D each where the warp groups share keys, half of
+//                  it where they share columns; S^T, dP^T and dQ block_m / 2 or 32 each
+// None of this changes what is computed, only how fast. Measurements are in the lab notebook,
+// docs/kernels/fa4-cuda-backward.md.
+#pragma once
+
+#include "tiles.h"
+
+namespace fa4 {
+
+// How the two consumer warp groups divide the work.
+enum class Split : int {
+  // Half of the keys each: P^T and dS^T stay in registers as operands of dV and dK.
+  kKeys = 0,
+  // Half of the columns of dQ, dK and dV each, which would not fit into registers otherwise. One
+  // computes P, the other dS, and both go through shared memory.
+  kColumns = 1,
+};
+
+struct BackwardTile {
+  int head_dim;
+  Mask mask;  // kCausal also serves calls without a mask
+  Split split;
+  int block_m;
+  int block_n;
+  int q_stages;
+  int do_stages;  // of dO
+  // dQ of a step leaves its registers before P of the next is made, not after.
+  bool dq_before_p;
+
+  static constexpr int kWarpgroups = 2;
+  constexpr int threads() const { return 128 * (kWarpgroups + 1); }
+  constexpr int panels() const { return (head_dim + kPanelColumns - 1) / kPanelColumns; }
+  constexpr int columns() const { return panels() * kPanelColumns; }
+  constexpr int kv_bytes() const { return block_n * columns() * kElementBytes; }
+  constexpr int q_bytes() const { return block_m * columns() * kElementBytes; }
+  constexpr int score_bytes() const { return block_m * block_n * kElementBytes; }
+  // Two of dS, or one of dS and one of P.
+  constexpr int exchange_bytes() const { return 2 * score_bytes(); }
+  constexpr int row_bytes() const { return (q_stages + do_stages) * block_m * 4; }
+  // 1024: alignment of swizzled tiles; 256: barriers.
+  constexpr int shared_bytes() const {
+    return 1024 + 2 * kv_bytes() + (q_stages + do_stages) * q_bytes() + exchange_bytes() +
+           row_bytes() + 256;
+  }
+  constexpr int producer_registers() const { return 24; }
+  constexpr int consumer_registers() const { return 240; }
+};
+
+// Rows of a sequence that workspaces hold: a multiple of every block_m.
+constexpr int kRowAlignment = 128;
+
+// clang-format off
+inline constexpr BackwardTile kBackwardTiles[] = {
+    // head_dim 64: S and dP of 128 queries fit beside dK and dV, and the operands that are read
+    // from shared memory serve twice as many products as with 64.
+    {.head_dim = 64, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 128, .block_n = 128,
+     .q_stages = 3, .do_stages = 2, .dq_before_p = true},
+    {.head_dim = 64, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 128, .block_n = 128,
+     .q_stages = 3, .do_stages = 2, .dq_before_p = true},
+    {.head_dim = 96, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 64, .block_n = 128,
+     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+    {.head_dim = 96, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
+     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+    {.head_dim = 128, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 64, .block_n = 128,
+     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+    {.head_dim = 128, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
+     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+    {.head_dim = 192, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
+     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+    {.head_dim = 192, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,
+     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+    {.head_dim = 256, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
+     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_before_p = false},
+    {.head_dim = 256, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,
+     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_before_p = false},
+};
+// clang-format on
+inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
+
+}  // namespace fa4

@@ -1,0 +1,134 @@
+// What a thread block of the backward works on: a block of keys, and the queries that see them.
+#pragma once
+
+#include "backward_params.h"
+#include "backward_tiles.h"
+
+namespace fa4 {
+
+// First row of a sequence in the workspaces. Packed sequences keep the room between them that
+// rounding up takes.
+__device__ __forceinline__ int64_t workspace_row(const BackwardParams& params, int sequence,
+                                                 int head, int q_start) {
+  if (params.cu_seqlens_q != nullptr) {
+    return head * params.workspace_rows +
+           (q_start + sequence * kRowAlignment) / kRowAlignment * kRowAlignment;
+  }
+  return (static_cast<int64_t>(sequence) * params.heads_q + head) * params.workspace_rows;
+}
+
+// Sums of dQ lie in panels of 64 rows and up to 64 columns, each in the order of the accumulators
+// of a [64, 64] product: four by four of a thread, thread by thread.
+__device__ __forceinline__ int64_t dq_panel(int64_t workspace_row, int head_dim, int panel) {
+  return workspace_row * head_dim + panel * (64 * kPanelColumns);
+}
+
+struct BackwardWork {
+  int sequence;
+  int batch;  // 0 if sequences are packed
+  int key_head;
+  int n_block;
+  int seq_q, seq_k;
+  int q_start, k_start;
+
+  __device__ __forceinline__ explicit BackwardWork(const BackwardParams& params) {
+    const int heads = params.heads_k * params.batch;
+    const int index = blockIdx.x / (params.section * params.n_blocks);
+    const int rest = blockIdx.x - index * params.section * params.n_blocks;
+    const int wide = min(params.section, heads - index * params.section);
+    const int block = rest / wide;
+    const int head = index * params.section + rest - block * wide;
+    n_block = params.last_block_first ? params.n_blocks - 1 - block : block;
+    sequence = head / params.heads_k;
+    key_head = head - sequence * params.heads_k;
+    batch = sequence;
+    seq_q = params.seq_q, seq_k = params.seq_k;
+    q_start = k_start = 0;
+    if (params.cu_seqlens_q != nullptr) {
+      batch = 0;
+      q_start = params.cu_seqlens_q[sequence];
+      k_start = params.cu_seqlens_k[sequence];
+      seq_q = params.cu_seqlens_q[sequence + 1] - q_start;
+      seq_k = params.cu_seqlens_k[sequence + 1] - k_start;
+    }
+  }
+};
+
+// Queries [begin, end) that see a key.
+template <Mask kMask>
+struct SeeingQueries {
+  int begin, end;
+
+  __device__ __forceinline__ SeeingQueries(const BackwardParams& params, const BackwardWork& work,
+                                           int key) {
+    const int diagonal = key - (work.seq_k - work.seq_q);
+    begin = key < work.seq_k ? max(0, diagonal - params.window_right) : work.seq_q;
+    end = kMask == Mask::kWindow ? min(work.seq_q, diagonal + params.window_left + 1) : work.seq_q;
+  }
+};
+
+// Blocks of queries [begin, end) that see a key of the thread block; those in [clean_begin,
+// clean_end) see all of them. Rows behind the last query are no matter: their lse makes P zero.
+template <BackwardTile const& kTile>
+struct QueryBlocks {
+  int begin, end, clean_begin, clean_end;
+
+  __device__ __forceinline__ QueryBlocks(const BackwardParams& params, const BackwardWork& work) {
+    using Seeing = SeeingQueries<kTile.mask>;
+    constexpr int kM = kTile.block_m;
+    const int first_key = work.n_block * kTile.block_n, last_key = first_key + kTile.block_n - 1;
+    const Seeing first(params, work, first_key);
+    const Seeing last(params, work, min(last_key, work.seq_k - 1));
+    begin = first.begin / kM;
+    end = first_key < work.seq_k && first.begin < last.end ? (last.end + kM - 1) / kM : begin;
+    clean_begin = last_key < work.seq_k ? (last.begin + kM - 1) / kM : end;
+    clean_end = first.end == work.seq_q ? end : first.end / kM;
+  }
+
+  __device__ __forceinline__ int count() const { return end - begin; }
+  __device__ __forceinline__ bool masked(int block) const {
+    return block < clean_begin || block >= clean_end;
+  }
+};
+
+// How many thread blocks add to a block of dQ before the one of n_block: all thread blocks take
+// their turns in this order. Under a mask the block of the last keys, which begins with these
+// queries, comes first.
+template <BackwardTile const& kTile>
+__device__ __forceinline__ int turn_of(const BackwardParams& params, const BackwardWork& work,
+                                       int m_block) {
+  if (!params.last_block_first) return work.n_block;
+  const int last_query = min((m_block + 1) * kTile.block_m, work.seq_q) - 1;
+  const int last_key =
+      min(last_query + work.seq_k - work.seq_q + params.window_right, work.seq_k - 1);
+  return last_key / kTile.block_n - work.n_block;
+}
+
+// The queries of a thread block's steps: those of one head of the group after those of another.
+template <BackwardTile const& kTile>
+struct QuerySteps {
+  int head;  // of the queries
+  int block;
+  int left;     // steps, with this one
+  int64_t row;  // of the workspaces
+
+  __device__ __forceinline__ QuerySteps(const BackwardParams& params, const BackwardWork& work,
+                                        const QueryBlocks<kTile>& blocks)
+      : head(work.key_head * params.heads_per_group),
+        block(blocks.begin),
+        left(blocks.count() * params.heads_per_group),
+        row(workspace_row(params, work.sequence, head, work.q_start) + block * kTile.block_m) {}
+
+  __device__ __forceinline__ void advance(const BackwardParams& params,
+                                          const QueryBlocks<kTile>& blocks) {
+    --left;
+    row += kTile.block_m;
+    if (++block == blocks.end) {
+      row += params.workspace_rows - blocks.count() * kTile.block_m;
+      block = blocks.begin;
+      ++head;
+    }
+  }
+};
+
+}  // namespace fa4
