@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define FA4_ABI_VERSION 1
+#define FA4_ABI_VERSION 2
 
 // The library hides everything else.
 #define FA4_API __attribute__((visibility("default")))
@@ -25,7 +25,7 @@ enum fa4_status {
       3,  // an address or stride that is no multiple of 16 bytes, negative, or over 2^40 bytes
   FA4_UNSUPPORTED_SIZE = 4,           // more than 2^31 - 1 rows, tiles or elements of a sequence
   FA4_UNSUPPORTED_DEVICE = 5,         // not a Hopper GPU (compute capability 9.0)
-  FA4_WORKSPACE_TOO_SMALL = 6,        // fa4_forward_workspace_bytes says how much
+  FA4_WORKSPACE_TOO_SMALL = 6,        // the plan says how much is needed
   FA4_DRIVER_WITHOUT_TENSOR_MAP = 7,  // the driver is older than CUDA 12
 };
 
@@ -87,6 +87,47 @@ typedef struct fa4_forward_plan {
   int64_t workspace_bytes;
 } fa4_forward_plan;
 
+// dQ, dK and dV of one forward call, of fa4_forward_args' meaning where names are the same.
+// Gradients of rows that see no key, and of keys that no row sees, are zero.
+typedef struct fa4_backward_args {
+  fa4_tensor q, k, v, out, grad_out;  // as in the forward
+  // As the forward left it, this library's or torch's; rows without keys: inf of either sign.
+  const float* lse;
+  int64_t lse_stride_batch;
+  int64_t lse_stride_head;
+  fa4_tensor dq, dk, dv;  // written whole
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  const int32_t* seqused_k;
+  int32_t element;
+  int32_t batch;
+  int32_t heads_q;
+  int32_t heads_k;
+  int32_t head_dim;
+  int32_t seq_q;
+  int32_t seq_k;
+  int32_t total_q;
+  int32_t total_k;
+  int32_t causal;
+  int32_t window_left;
+  int32_t window_right;
+  float scale;
+  int32_t deterministic;  // the same bits in every run
+  void* workspace;        // device, as large as the plan says, 128-byte aligned; not shared by
+                          // launches that may overlap
+  size_t workspace_bytes;
+  void* stream;
+} fa4_backward_args;
+
+// How a backward call is served: a pure function of sizes.
+typedef struct fa4_backward_plan {
+  int32_t tile;  // row of the tile table
+  int32_t grid;  // thread blocks
+  int32_t deterministic;
+  int32_t reserved;
+  int64_t workspace_bytes;  // fp32 dQ and two numbers a row
+} fa4_backward_plan;
+
 // A row of the tile table.
 typedef struct fa4_forward_tile {
   int32_t head_dim, mask, block_m, block_n, q_stages, kv_stages, shared_bytes;
@@ -99,11 +140,14 @@ FA4_API const char* fa4_error_string(int status);
 FA4_API int fa4_forward_tile_at(int tile, fa4_forward_tile* result);
 FA4_API int fa4_plan_forward(const fa4_forward_args* args, int multiprocessors,
                              fa4_forward_plan* plan);
+FA4_API int fa4_plan_backward(const fa4_backward_args* args, int multiprocessors,
+                              fa4_backward_plan* plan);
 
 // For the current device.
 FA4_API int fa4_forward_workspace_bytes(const fa4_forward_args* args, size_t* bytes);
 FA4_API int fa4_forward(const fa4_forward_args* args);
 FA4_API int fa4_forward_with_plan(const fa4_forward_args* args, const fa4_forward_plan* plan);
+FA4_API int fa4_backward_with_plan(const fa4_backward_args* args, const fa4_backward_plan* plan);
 
 #ifdef __cplusplus
 }

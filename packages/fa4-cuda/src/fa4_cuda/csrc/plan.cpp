@@ -18,7 +18,8 @@ constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;  // cuTensorMapEncodeTiled
 constexpr int64_t kSectionBytes = 32 << 20;
 constexpr int64_t kSectionHeads = 16;
 
-bool tensor_map_takes(const fa4_tensor& tensor, const fa4_forward_args& args, int seq, int heads) {
+template <class Args>
+bool tensor_map_takes(const fa4_tensor& tensor, const Args& args, int seq, int heads) {
   const bool packed = args.cu_seqlens_q != nullptr;
   const auto takes = [](int64_t stride, int64_t size) {
     const int64_t bytes = stride * kElementBytes;
@@ -46,9 +47,72 @@ int choose_tile(int head_dim, Mask mask) {
   return best;
 }
 
-}  // namespace
+struct Rows {
+  int q, k;  // of a tensor: of every sequence, or of all of them if they are packed
+};
 
-Window window_of(const fa4_forward_args& args) {
+template <class Args>
+Rows rows_of(const Args& args) {
+  const bool packed = args.cu_seqlens_q != nullptr;
+  return packed ? Rows{args.total_q, args.total_k} : Rows{args.seq_q, args.seq_k};
+}
+
+template <class Args>
+bool has_queries(const Args& args, Rows rows) {
+  return rows.q > 0 && args.batch > 0 && args.heads_q > 0;
+}
+
+template <class Args>
+bool has_keys(const Args& args, Rows rows) {
+  return rows.k > 0 && args.batch > 0 && args.heads_k > 0;
+}
+
+bool are_there(std::initializer_list<fa4_tensor> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](const fa4_tensor& tensor) { return tensor.data != nullptr; });
+}
+
+template <class Args>
+bool tensor_maps_take(std::initializer_list<fa4_tensor> tensors, const Args& args, int seq,
+                      int heads) {
+  return std::all_of(tensors.begin(), tensors.end(), [&](const fa4_tensor& tensor) {
+    return tensor_map_takes(tensor, args, seq, heads);
+  });
+}
+
+// Tiles are numbered by int; the smallest has 64 rows, packed sequences add one each.
+template <class Args>
+bool can_number_tiles(const Args& args, int rows, int heads) {
+  const bool packed = args.cu_seqlens_q != nullptr;
+  const int64_t row_blocks =
+      packed ? ceil_div(rows, 64) + args.batch : ceil_div(rows, 64) * args.batch;
+  return row_blocks * heads <= std::numeric_limits<int32_t>::max();
+}
+
+// What must hold for the sizes of a call in either direction.
+template <class Args>
+int check_sizes(const Args& args, Rows rows) {
+  const bool packed = args.cu_seqlens_q != nullptr;
+  if ((args.element != FA4_HALF && args.element != FA4_BFLOAT16) ||
+      packed != (args.cu_seqlens_k != nullptr)) {
+    return FA4_INVALID_ARGUMENT;
+  }
+  for (int size :
+       {args.batch, args.heads_q, args.heads_k, args.seq_q, args.seq_k, rows.q, rows.k}) {
+    if (size < 0) return FA4_INVALID_ARGUMENT;
+  }
+  if (args.heads_q > 0 && (args.heads_k == 0 || args.heads_q % args.heads_k != 0))
+    return FA4_INVALID_ARGUMENT;
+  if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0)
+    return FA4_UNSUPPORTED_HEAD_DIM;
+
+  const bool countable =
+      std::max(rows.q, rows.k) <= kMaxRows && can_number_tiles(args, rows.q, args.heads_q);
+  return countable ? FA4_OK : FA4_UNSUPPORTED_SIZE;
+}
+
+template <class Args>
+Window window(const Args& args) {
   const int right = args.causal ? 0 : args.window_right;
   const bool left_bounded = args.window_left >= 0 && args.window_left < args.seq_k - 1;
   const bool right_bounded = right >= 0 && right < args.seq_q - 1;
@@ -65,38 +129,39 @@ Window window_of(const fa4_forward_args& args) {
   return window;
 }
 
+}  // namespace
+
+Window window_of(const fa4_forward_args& args) { return window(args); }
+Window window_of(const fa4_backward_args& args) { return window(args); }
+
 int check_forward(const fa4_forward_args& args) {
-  const bool packed = args.cu_seqlens_q != nullptr;
-  if ((args.element != FA4_HALF && args.element != FA4_BFLOAT16) ||
-      packed != (args.cu_seqlens_k != nullptr)) {
-    return FA4_INVALID_ARGUMENT;
-  }
-  for (int size : {args.batch, args.heads_q, args.heads_k, args.seq_q, args.seq_k}) {
-    if (size < 0) return FA4_INVALID_ARGUMENT;
-  }
-  if (packed && (args.total_q < 0 || args.total_k < 0)) return FA4_INVALID_ARGUMENT;
-  if (args.heads_q > 0 && (args.heads_k == 0 || args.heads_q % args.heads_k != 0))
-    return FA4_INVALID_ARGUMENT;
-  if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0)
-    return FA4_UNSUPPORTED_HEAD_DIM;
+  const Rows rows = rows_of(args);
+  const int status = check_sizes(args, rows);
+  if (status != FA4_OK) return status;
+  if (!has_queries(args, rows)) return FA4_OK;  // nothing will be touched
+  if (args.lse == nullptr || !are_there({args.q, args.out})) return FA4_INVALID_ARGUMENT;
+  if (rows.k > 0 && !are_there({args.k, args.v})) return FA4_INVALID_ARGUMENT;
+  return tensor_maps_take({args.q, args.out}, args, rows.q, args.heads_q) &&
+                 tensor_maps_take({args.k, args.v}, args, rows.k, args.heads_k)
+             ? FA4_OK
+             : FA4_UNSUPPORTED_STRIDE;
+}
 
-  const int rows_q = packed ? args.total_q : args.seq_q,
-            rows_k = packed ? args.total_k : args.seq_k;
-  if (std::max(rows_q, rows_k) > kMaxRows) return FA4_UNSUPPORTED_SIZE;
-  // Tiles are numbered by int; the smallest has 64 queries, packed sequences add one each.
-  const int64_t row_blocks =
-      packed ? ceil_div(rows_q, 64) + args.batch : ceil_div(rows_q, 64) * args.batch;
-  if (row_blocks * args.heads_q > std::numeric_limits<int32_t>::max()) return FA4_UNSUPPORTED_SIZE;
-
-  if (int64_t{rows_q} * args.batch * args.heads_q == 0) return FA4_OK;  // nothing will be touched
-  if (args.q.data == nullptr || args.out.data == nullptr || args.lse == nullptr)
+int check_backward(const fa4_backward_args& args) {
+  const Rows rows = rows_of(args);
+  const int status = check_sizes(args, rows);
+  if (status != FA4_OK) return status;
+  if (!can_number_tiles(args, rows.k, args.heads_q)) return FA4_UNSUPPORTED_SIZE;
+  // Without queries there are gradients of keys all the same, and the other way round.
+  const auto queries = {args.q, args.out, args.grad_out, args.dq};
+  const auto keys = {args.k, args.v, args.dk, args.dv};
+  if (has_queries(args, rows) && (args.lse == nullptr || !are_there(queries)))
     return FA4_INVALID_ARGUMENT;
-  if (rows_k > 0 && (args.k.data == nullptr || args.v.data == nullptr)) return FA4_INVALID_ARGUMENT;
-  const bool strides = tensor_map_takes(args.q, args, rows_q, args.heads_q) &&
-                       tensor_map_takes(args.out, args, rows_q, args.heads_q) &&
-                       tensor_map_takes(args.k, args, rows_k, args.heads_k) &&
-                       tensor_map_takes(args.v, args, rows_k, args.heads_k);
-  return strides ? FA4_OK : FA4_UNSUPPORTED_STRIDE;
+  if (has_keys(args, rows) && !are_there(keys)) return FA4_INVALID_ARGUMENT;
+  return tensor_maps_take(queries, args, rows.q, args.heads_q) &&
+                 tensor_maps_take(keys, args, rows.k, args.heads_k)
+             ? FA4_OK
+             : FA4_UNSUPPORTED_STRIDE;
 }
 
 fa4_forward_plan plan_forward(const fa4_forward_args& args, int multiprocessors) {
@@ -161,7 +226,7 @@ const char* fa4_error_string(int status) {
     case FA4_UNSUPPORTED_DEVICE:
       return "unsupported device: the kernels are for Hopper GPUs (compute capability 9.0)";
     case FA4_WORKSPACE_TOO_SMALL:
-      return "the workspace is missing or smaller than fa4_forward_workspace_bytes says";
+      return "the workspace is missing or smaller than the plan says";
     case FA4_DRIVER_WITHOUT_TENSOR_MAP:
       return "the driver has no cuTensorMapEncodeTiled: one for CUDA 12 or newer is needed";
     default:

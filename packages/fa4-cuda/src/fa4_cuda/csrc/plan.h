@@ -1,4 +1,4 @@
-// How a forward call is served: decided from sizes alone, on the host, without a GPU.
+// How a call is served: decided from sizes alone, on the host, without a GPU.
 #pragma once
 
 #include "api.h"
@@ -12,9 +12,11 @@ struct Window {
   int left, right;
 };
 Window window_of(const fa4_forward_args& args);
+Window window_of(const fa4_backward_args& args);
 
 // FA4_OK, or why the call cannot be served.
 int check_forward(const fa4_forward_args& args);
+int check_backward(const fa4_backward_args& args);
 
 // Expects checked arguments.
 fa4_forward_plan plan_forward(const fa4_forward_args& args, int multiprocessors);
