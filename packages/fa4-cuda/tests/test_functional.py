@@ -53,19 +53,6 @@ def test_what_is_not_computed_is_refused(
         call(**change)
 
 
-@pytest.mark.parametrize("call", [dense, packed])
-def test_gradients_are_refused_in_the_forward(call: Callable[..., Any]) -> None:
-    q = rows(2, 8, 4, 64) if call is dense else rows(10, 4, 64)
-    with pytest.raises(NotImplementedError, match=r"requires gradients.*no backward kernels yet"):
-        call(k=q.requires_grad_())
-
-
-def test_without_gradients_a_parameter_is_no_reason() -> None:
-    q = rows(2, 8, 4, 64).requires_grad_()
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="device type cpu"):
-        dense(q=q)
-
-
 @pytest.mark.parametrize(
     ("call", "change", "text"),
     [
@@ -94,6 +81,24 @@ def test_shapes_and_strides_are_known_without_running(strides: tuple[int, ...]) 
         out, lse, _ = flash_attn_func(q, q, q, return_attn_probs=True)
         assert (out.shape, out.stride(), out.dtype) == (q.shape, q.stride(), q.dtype)
         assert (lse.shape, lse.dtype, lse.device) == ((2, 4, 8), torch.float32, q.device)
+
+
+@pytest.mark.parametrize("strides", [(2048, 256, 64, 1), (2048, 64, 512, 1)])
+def test_shapes_and_strides_of_gradients_are_known_without_running(
+    strides: tuple[int, ...],
+) -> None:
+    with FakeTensorMode():
+        q, k = (
+            torch.empty_strided((2, 8, heads, 64), strides, device="cuda", dtype=torch.float16)
+            for heads in (4, 2)
+        )
+        lse = torch.empty(2, 4, 8, device="cuda")
+        rest = (None, None, 0, 0, 0.125, True, None, None, False)
+        grads = torch.ops.fa4_cuda.attention_backward(q, q, k, k, q, lse, *rest)
+        for grad, tensor in zip(grads, (q, k, k), strict=True):
+            like = torch.empty_like(tensor)
+            assert (grad.shape, grad.stride()) == (like.shape, like.stride())
+            assert (grad.dtype, grad.device) == (tensor.dtype, tensor.device)
 
 
 @pytest.fixture
@@ -134,7 +139,10 @@ def test_the_kernel_set_says_what_it_serves(anywhere: kernel_set.CudaKernels, ca
     assert found is None if reason is None else found is not None and reason in found
 
 
-def test_no_backward_is_declared_and_none_is_there() -> None:
-    assert kernel_set.CAPABILITIES.reason_to_decline_backward() == "backward is not supported"
-    with pytest.raises(NotImplementedError):
-        kernel_set.CudaKernels().backward(ASKED["dense"][0], Q, Q, Q)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_are_declared_deterministic_or_not(deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert kernel_set.CAPABILITIES.reason_to_decline_backward() is None
+    finally:
+        torch.use_deterministic_algorithms(False)
