@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import importlib.util
 import shutil
 import subprocess
 from ctypes import c_int32
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,3 +191,27 @@ def native(on_cpu: ctypes.CDLL) -> Any:
     from fa4_cuda.native import NativeOps
 
     return NativeOps(library=lambda: on_cpu)
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch, on_cpu: ctypes.CDLL) -> Any:
+    """The kernel set, with a CPU for a Hopper: called directly, or installed."""
+    import torch
+
+    from fa4_cuda import kernel_set, library
+
+    found = dataclasses.replace(
+        kernel_set.CAPABILITIES,
+        device_types=frozenset({"cpu"}),
+        min_compute_capability=None,
+        max_compute_capability=None,
+    )
+    monkeypatch.setattr(kernel_set, "CAPABILITIES", found)
+    for module in (kernel_set, library):
+        monkeypatch.setattr(module, "load", lambda: on_cpu)
+    monkeypatch.setattr(kernel_set, "_multiprocessors", lambda _device: 132)
+    stream = SimpleNamespace(cuda_stream=None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+    on_cpu.fa4_torch_find()
+    on_cpu.pretend(0)
+    return kernel_set.CudaKernels()

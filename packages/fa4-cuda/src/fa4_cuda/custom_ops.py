@@ -104,8 +104,18 @@ def attention_backward(
         return _kernels.backward(call, grad_out, out, lse, deterministic=deterministic)
 
 
-def _served_call(*fields: Any) -> AttentionCall:
-    call = AttentionCall(*fields)
+def _served_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_query: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+    max_seqlen_query: int,
+    max_seqlen_key: int,
+    *mask: Any,
+) -> AttentionCall:
+    packing = cu_seqlens_query, cu_seqlens_key, max_seqlen_query, max_seqlen_key
+    call = AttentionCall(query, key, value, *mask, *packing)
     reason = _kernels.supports(call)
     if reason is not None:
         raise not_served(_kernels.name, reason)

@@ -185,8 +185,7 @@ def _readable(tensor: Tensor) -> Tensor:
     """
     *strides, last = tensor.stride()
     aligned = tensor.data_ptr() % 16 == 0 and all(
-        size <= 1 or stride % 8 == 0
-        for size, stride in zip(tensor.shape, strides, strict=False)
+        size <= 1 or stride % 8 == 0 for size, stride in zip(tensor.shape, strides, strict=False)
     )
     return tensor if last == 1 and aligned else tensor.clone(memory_format=torch.contiguous_format)
 
