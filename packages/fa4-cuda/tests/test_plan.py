@@ -215,16 +215,26 @@ def test_a_backward_is_planned_as_deterministic_if_it_is_asked_to_be(planner, as
 
 @pytest.mark.parametrize("heads_k", [16, 4, 1])
 @pytest.mark.parametrize("seq", [1024, 1000, 1])
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128, 136, 256])
 @pytest.mark.parametrize("deterministic", [0, 1])
 def test_the_workspace_is_one_dq_and_two_numbers_a_row(
-    planner, heads_k: int, seq: int, deterministic: int
+    planner, heads_k: int, seq: int, head_dim: int, deterministic: int
 ) -> None:
-    call = {"heads_k": heads_k, "seq_q": seq, "seq_k": 4096, "deterministic": deterministic}
-    plan = planner.plan_backward(**call)[1]
-    rows = 2 * 16 * -(-seq // 128) * 128  # in whole tiles
-    assert plan.workspace_bytes >= 2 * 16 * seq * (128 + 2) * 4
-    # Beside it, how many have added to a tile of dQ, where that is to be in order.
-    assert plan.workspace_bytes <= rows * (128 + 2) * 4 + (rows // 64 * 4 if deterministic else 0)
+    plan = planner.plan_backward(
+        head_dim=head_dim, heads_k=heads_k, seq_q=seq, seq_k=4096, deterministic=deterministic
+    )[1]
+    assert plan.workspace_bytes >= 2 * 16 * seq * (head_dim + 2) * 4
+    # In whole tiles; and beside it, where sums are to be in order, whose turn it is.
+    rows = 2 * 16 * -(-seq // 128) * 128
+    columns = min(d for d in HEAD_DIMS if d >= head_dim)
+    turns = rows // 64 * -(-columns // 64) * deterministic
+    assert plan.workspace_bytes <= (rows * (columns + 2) + turns) * 4
+
+
+def test_the_workspace_of_packed_sequences_begins_each_at_a_whole_tile(planner) -> None:
+    plan = planner.plan_backward(**packed())[1]
+    assert plan.workspace_bytes >= 16 * 16384 * (128 + 2) * 4
+    assert plan.workspace_bytes <= 16 * (16384 + 5 * 128) * (128 + 2) * 4
 
 
 @pytest.mark.parametrize(
