@@ -413,6 +413,7 @@ BACKWARD_GOES_ON: dict[str, tuple[str, dict[int, Any], str]] = {
     "cuDNN's forward": (CUDNN, {6: torch.zeros((), dtype=torch.int64)}, "forward was run by cuDNN"),
     "lse of another shape": (FLASH, {5: lambda lse: lse[..., :7]}, "logsumexp"),
     "lse without a column": (CUDNN, {5: lambda lse: lse.squeeze(-1)}, "logsumexp"),
+    "lse of two columns": (CUDNN, {5: lambda lse: lse.expand(-1, -1, -1, 2)}, "logsumexp"),
     "lse in float64": (FLASH, {5: lambda lse: lse.double()}, "logsumexp"),
     "grad_out of another shape": (FLASH, {0: lambda grad: grad[..., :56]}, "shape"),
     "grad_out of another dtype": (FLASH, {0: lambda grad: grad.half()}, "dtype"),

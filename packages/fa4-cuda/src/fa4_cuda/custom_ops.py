@@ -112,10 +112,24 @@ def _served_call(
     cu_seqlens_key: Tensor | None,
     max_seqlen_query: int,
     max_seqlen_key: int,
-    *mask: Any,
+    scale: float,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
 ) -> AttentionCall:
-    packing = cu_seqlens_query, cu_seqlens_key, max_seqlen_query, max_seqlen_key
-    call = AttentionCall(query, key, value, *mask, *packing)
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        scale,
+        causal,
+        window_left,
+        window_right,
+        cu_seqlens_query,
+        cu_seqlens_key,
+        max_seqlen_query,
+        max_seqlen_key,
+    )
     reason = _kernels.supports(call)
     if reason is not None:
         raise not_served(_kernels.name, reason)
