@@ -1,9 +1,9 @@
-// Stands in for the GPU: what devices.cpp, api.cpp and backward_api.cpp do, on the CPU, for
-// bfloat16. With it the way of a served call, from an op's arguments to its results, runs without a
-// GPU.
+// Stands in for the GPU: what devices.cpp, api.cpp and backward_api.cpp do, on the CPU. With it the
+// way of a served call, from an op's arguments to its results, runs without a GPU.
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <cstring>
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -13,24 +13,28 @@
 
 namespace {
 
-float load(const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t column) {
-  const auto* data = static_cast<const uint16_t*>(tensor.data);
-  const uint32_t bits = uint32_t{data[batch * tensor.stride_batch + row * tensor.stride_seq +
-                                      head * tensor.stride_head + column]}
-                        << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+uint16_t& element_at(const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head,
+                     int64_t column) {
+  return static_cast<uint16_t*>(tensor.data)[batch * tensor.stride_batch + row * tensor.stride_seq +
+                                             head * tensor.stride_head + column];
 }
 
-void store(const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t column,
-           float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits += 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-  static_cast<uint16_t*>(tensor.data)[batch * tensor.stride_batch + row * tensor.stride_seq +
-                                      head * tensor.stride_head + column] =
-      static_cast<uint16_t>(bits >> 16);
+float load(int element, const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head,
+           int64_t column) {
+  const uint16_t stored = element_at(tensor, batch, row, head, column);
+  if (element == FA4_HALF) return std::bit_cast<_Float16>(stored);
+  return std::bit_cast<float>(uint32_t{stored} << 16);
+}
+
+void store(int element, const fa4_tensor& tensor, int64_t batch, int64_t row, int64_t head,
+           int64_t column, float value) {
+  uint16_t& stored = element_at(tensor, batch, row, head, column);
+  if (element == FA4_HALF) {
+    stored = std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+    return;
+  }
+  const auto bits = std::bit_cast<uint32_t>(value);
+  stored = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
 }
 
 struct Rows {
@@ -67,8 +71,8 @@ void attend(const fa4_forward_args& args, const Rows& rows, int head, int64_t i)
   for (int64_t j = 0; j < rows.count_k; ++j) {
     double score = 0;
     for (int d = 0; d < args.head_dim; ++d) {
-      score += double(load(args.q, rows.batch, rows.first_q + i, head, d)) *
-               load(args.k, rows.batch, rows.first_k + j, kv_head, d);
+      score += double(load(args.element, args.q, rows.batch, rows.first_q + i, head, d)) *
+               load(args.element, args.k, rows.batch, rows.first_k + j, kv_head, d);
     }
     weights[j] =
         is_hidden(args, rows, i, j) ? -std::numeric_limits<double>::infinity() : score * args.scale;
@@ -79,11 +83,11 @@ void attend(const fa4_forward_args& args, const Rows& rows, int head, int64_t i)
     const double weight = std::exp(weights[j] - largest);
     total += weight;
     for (int d = 0; d < args.head_dim; ++d) {
-      sums[d] += weight * load(args.v, rows.batch, rows.first_k + j, kv_head, d);
+      sums[d] += weight * load(args.element, args.v, rows.batch, rows.first_k + j, kv_head, d);
     }
   }
   for (int d = 0; d < args.head_dim; ++d) {
-    store(args.out, rows.batch, rows.first_q + i, head, d,
+    store(args.element, args.out, rows.batch, rows.first_q + i, head, d,
           empty ? 0.f : static_cast<float>(sums[d] / total));
   }
   args.lse[rows.batch * args.lse_stride_batch + head * args.lse_stride_head + rows.first_q + i] =
@@ -96,11 +100,12 @@ class Sums {
   Sums(int64_t rows, int heads, int columns)
       : heads_(heads), columns_(columns), values_(rows * heads * columns) {}
   double* at(int64_t row, int head) { return &values_[(row * heads_ + head) * columns_]; }
-  void store_to(const fa4_tensor& tensor, int64_t batch, int64_t first, int64_t count) {
+  void store_to(int element, const fa4_tensor& tensor, int64_t batch, int64_t first,
+                int64_t count) {
     for (int64_t row = 0; row < count; ++row) {
       for (int head = 0; head < heads_; ++head) {
         for (int d = 0; d < columns_; ++d) {
-          store(tensor, batch, first + row, head, d, static_cast<float>(at(row, head)[d]));
+          store(element, tensor, batch, first + row, head, d, static_cast<float>(at(row, head)[d]));
         }
       }
     }
@@ -126,32 +131,33 @@ void differentiate(const fa4_backward_args& args, const Rows& rows) {
       if (std::isinf(lse)) continue;
       double delta = 0;
       for (int d = 0; d < columns; ++d) {
-        delta += double(load(args.grad_out, rows.batch, row, head, d)) *
-                 load(args.out, rows.batch, row, head, d);
+        delta += double(load(args.element, args.grad_out, rows.batch, row, head, d)) *
+                 load(args.element, args.out, rows.batch, row, head, d);
       }
       for (int64_t j = 0; j < rows.count_k; ++j) {
         if (is_hidden(args, rows, i, j)) continue;
         const int64_t key = rows.first_k + j;
         double score = 0, dp = 0;
         for (int d = 0; d < columns; ++d) {
-          score += double(load(args.q, rows.batch, row, head, d)) *
-                   load(args.k, rows.batch, key, kv_head, d);
-          dp += double(load(args.grad_out, rows.batch, row, head, d)) *
-                load(args.v, rows.batch, key, kv_head, d);
+          score += double(load(args.element, args.q, rows.batch, row, head, d)) *
+                   load(args.element, args.k, rows.batch, key, kv_head, d);
+          dp += double(load(args.element, args.grad_out, rows.batch, row, head, d)) *
+                load(args.element, args.v, rows.batch, key, kv_head, d);
         }
         const double weight = std::exp(score * args.scale - lse);
         const double ds = weight * (dp - delta) * args.scale;
         for (int d = 0; d < columns; ++d) {
-          dq.at(i, head)[d] += ds * load(args.k, rows.batch, key, kv_head, d);
-          dk.at(j, kv_head)[d] += ds * load(args.q, rows.batch, row, head, d);
-          dv.at(j, kv_head)[d] += weight * load(args.grad_out, rows.batch, row, head, d);
+          dq.at(i, head)[d] += ds * load(args.element, args.k, rows.batch, key, kv_head, d);
+          dk.at(j, kv_head)[d] += ds * load(args.element, args.q, rows.batch, row, head, d);
+          dv.at(j, kv_head)[d] +=
+              weight * load(args.element, args.grad_out, rows.batch, row, head, d);
         }
       }
     }
   }
-  dq.store_to(args.dq, rows.batch, rows.first_q, rows.count_q);
-  dk.store_to(args.dk, rows.batch, rows.first_k, keys);
-  dv.store_to(args.dv, rows.batch, rows.first_k, keys);
+  dq.store_to(args.element, args.dq, rows.batch, rows.first_q, rows.count_q);
+  dk.store_to(args.element, args.dk, rows.batch, rows.first_k, keys);
+  dv.store_to(args.element, args.dv, rows.batch, rows.first_k, keys);
 }
 
 int fail_with = FA4_OK;

@@ -306,6 +306,16 @@ def test_backwards_of_sdpa(served: Op, op: str, layout: Op, causal: bool) -> Non
     served(f"{op}_backward", *backward_arguments(op, tensors, causal))
 
 
+@pytest.mark.parametrize("op", [FLASH, CUDNN])
+def test_float16_is_served_in_both_directions(served: Op, op: str) -> None:
+    query, key, value = (
+        normal(2, heads, 9, 64, dtype=torch.float16, seed=seed)
+        for seed, heads in enumerate((4, 2, 2))
+    )
+    grad_out = normal(2, 4, 9, 64, dtype=torch.float16, seed=3) / 2
+    served(f"{op}_backward", *backward_arguments(op, (query, key, value), True, grad_out))
+
+
 GRADIENTS_OF_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "one number": lambda grad: grad[0, 0, 0, 0].expand(grad.shape),
     "one head": lambda grad: grad[:, :1].expand(grad.shape),
