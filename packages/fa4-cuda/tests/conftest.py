@@ -211,7 +211,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch, on_cpu: ctypes.CDLL) -> Any:
         monkeypatch.setattr(module, "load", lambda: on_cpu)
     monkeypatch.setattr(kernel_set, "_multiprocessors", lambda _device: 132)
     stream = SimpleNamespace(cuda_stream=None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: stream)
     on_cpu.fa4_torch_find()
     on_cpu.pretend(0)
     return kernel_set.CudaKernels()

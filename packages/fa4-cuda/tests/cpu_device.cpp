@@ -78,8 +78,9 @@ void attend(const fa4_forward_args& args, const Rows& rows, int head, int64_t i)
         is_hidden(args, rows, i, j) ? -std::numeric_limits<double>::infinity() : score * args.scale;
     largest = std::fmax(largest, weights[j]);
   }
-  const bool empty = std::isinf(largest);
+  const bool empty = largest == -std::numeric_limits<double>::infinity();
   for (int64_t j = 0; !empty && j < rows.count_k; ++j) {
+    if (is_hidden(args, rows, i, j)) continue;  // whatever its value is
     const double weight = std::exp(weights[j] - largest);
     total += weight;
     for (int d = 0; d < args.head_dim; ++d) {
