@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import importlib.util
 import shutil
 import subprocess
 from ctypes import c_int32
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fa4_cuda.library import FUNCTIONS, ForwardArgs, ForwardPlan, TensorArg
+from fa4_cuda.library import (
+    FUNCTIONS,
+    BackwardArgs,
+    BackwardPlan,
+    ForwardArgs,
+    ForwardPlan,
+    TensorArg,
+)
 
 PACKAGE = Path(__file__).parents[1]
 CSRC = PACKAGE / "src" / "fa4_cuda" / "csrc"
+PLANNERS = [CSRC / "plan.cpp", CSRC / "backward_plan.cpp"]
 CACHE = PACKAGE.parents[1] / ".cache" / "fa4-cuda"
 
 
@@ -53,6 +62,29 @@ class Planner:
 
     def plan(self, multiprocessors: int = 132, **changes: Any) -> tuple[int, ForwardPlan]:
         """Status and plan of a dense bf16 call, [2, 1024, 16, 128] unless changed."""
+        args, plan = ForwardArgs(lse=4096), ForwardPlan()
+        self._describe(args, ("q", "out"), ("k", "v"), changes)
+        status = self.library.fa4_plan_forward(
+            ctypes.byref(args), multiprocessors, ctypes.byref(plan)
+        )
+        return status, plan
+
+    def plan_backward(self, multiprocessors: int = 132, **changes: Any) -> tuple[int, BackwardPlan]:
+        """Likewise of its backward."""
+        args, plan = BackwardArgs(lse=4096), BackwardPlan()
+        self._describe(args, ("q", "out", "grad_out", "dq"), ("k", "v", "dk", "dv"), changes)
+        status = self.library.fa4_plan_backward(
+            ctypes.byref(args), multiprocessors, ctypes.byref(plan)
+        )
+        return status, plan
+
+    def _describe(
+        self,
+        args: ForwardArgs | BackwardArgs,
+        queries: tuple[str, ...],
+        keys: tuple[str, ...],
+        changes: dict[str, Any],
+    ) -> None:
         sizes: dict[str, Any] = {
             "element": 1,
             "batch": 2,
@@ -66,20 +98,14 @@ class Planner:
             "scale": 1.0,
             **changes,
         }
-        args = ForwardArgs(lse=4096)
-        for name in ("q", "k", "v", "out"):
-            heads = sizes["heads_q" if name in ("q", "out") else "heads_k"]
-            seq = sizes["seq_q" if name in ("q", "out") else "seq_k"]
+        for name in queries + keys:
+            heads = sizes["heads_q" if name in queries else "heads_k"]
+            seq = sizes["seq_q" if name in queries else "seq_k"]
             row = heads * sizes["head_dim"]
             tensor = TensorArg(4096, max(seq, 1) * row, row, sizes["head_dim"])
-            setattr(args, name, sizes.pop(name, tensor))
+            setattr(args, name, changes.get(name, tensor))
         for name, value in sizes.items():
             setattr(args, name, value)
-        plan = ForwardPlan()
-        status = self.library.fa4_plan_forward(
-            ctypes.byref(args), multiprocessors, ctypes.byref(plan)
-        )
-        return status, plan
 
 
 def load_script(path: Path) -> ModuleType:
@@ -108,16 +134,15 @@ def build_kernels() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def planner() -> Planner:
-    """plan.cpp alone, by the host compiler."""
+    """The planners alone, by the host compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    sources = [CSRC / name for name in ("plan.cpp", "plan.h", "api.h", "tiles.h", "element.h")]
-    library = CACHE / f"libplan-{digest(*sources)}.so"
+    library = CACHE / f"libplan-{digest(*PLANNERS, *CSRC.glob('*.h'))}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        subprocess.run([*command, str(CSRC / "plan.cpp"), "-o", str(library)], check=True)
+        subprocess.run([*command, *map(str, PLANNERS), "-o", str(library)], check=True)
     return Planner(ctypes.CDLL(str(library)))
 
 
@@ -144,7 +169,7 @@ def on_cpu() -> ctypes.CDLL:
         pytest.skip("needs g++")
     glue = CSRC / "glue"
     sources = [path for path in sorted(glue.glob("*.cpp")) if path.stem != "devices"]
-    sources += [CSRC / "plan.cpp", Path(__file__).with_name("cpu_device.cpp")]
+    sources += [*PLANNERS, Path(__file__).with_name("cpu_device.cpp")]
     headers = [*CSRC.glob("*.h"), *glue.glob("*.h")]
     target = CACHE / f"libcpu-{digest(*sources, *headers)}.so"
     if not target.exists():
@@ -166,3 +191,27 @@ def native(on_cpu: ctypes.CDLL) -> Any:
     from fa4_cuda.native import NativeOps
 
     return NativeOps(library=lambda: on_cpu)
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch, on_cpu: ctypes.CDLL) -> Any:
+    """The kernel set, with a CPU for a Hopper: called directly, or installed."""
+    import torch
+
+    from fa4_cuda import kernel_set, library
+
+    found = dataclasses.replace(
+        kernel_set.CAPABILITIES,
+        device_types=frozenset({"cpu"}),
+        min_compute_capability=None,
+        max_compute_capability=None,
+    )
+    monkeypatch.setattr(kernel_set, "CAPABILITIES", found)
+    for module in (kernel_set, library):
+        monkeypatch.setattr(module, "load", lambda: on_cpu)
+    monkeypatch.setattr(kernel_set, "_multiprocessors", lambda _device: 132)
+    stream = SimpleNamespace(cuda_stream=None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: stream)
+    on_cpu.fa4_torch_find()
+    on_cpu.pretend(0)
+    return kernel_set.CudaKernels()

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fa4_cuda.library import ABI_VERSION
+
 CSRC = Path(__file__).parents[1] / "src" / "fa4_cuda" / "csrc"
 
 
@@ -74,7 +76,7 @@ def test_library_is_small(kernels: Path) -> None:
 def test_library_loads_and_reports_errors_without_a_gpu(kernels: Path) -> None:
     library = ctypes.CDLL(str(kernels))
     library.fa4_error_string.restype = ctypes.c_char_p
-    assert library.fa4_abi_version() == 1
+    assert library.fa4_abi_version() == ABI_VERSION
     assert b"multiples of 8" in library.fa4_error_string(2)
 
 

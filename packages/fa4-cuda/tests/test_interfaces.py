@@ -9,18 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from fa4_cuda.library import ABI_VERSION, ForwardArgs, ForwardPlan, TensorArg
+from fa4_cuda.library import (
+    ABI_VERSION,
+    BackwardArgs,
+    BackwardPlan,
+    ForwardArgs,
+    ForwardPlan,
+    TensorArg,
+)
 
 CSRC = Path(__file__).parents[1] / "src/fa4_cuda/csrc"
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "fa4_tensor": TensorArg,
+    "fa4_forward_args": ForwardArgs,
+    "fa4_forward_plan": ForwardPlan,
+    "fa4_backward_args": BackwardArgs,
+    "fa4_backward_plan": BackwardPlan,
+}
 PLACES = "\n".join(
     f"place({structure}, {name});"
-    for structure, declared in (
-        ("fa4_tensor", TensorArg),
-        ("fa4_forward_args", ForwardArgs),
-        ("fa4_forward_plan", ForwardPlan),
-    )
+    for structure, declared in STRUCTURES.items()
     for name, *_ in declared._fields_
 )
+SIZES = "\n".join(f'printf("%zu\\n", sizeof({structure}));' for structure in STRUCTURES)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +85,8 @@ def test_structures_are_laid_out_as_in_c(compiler: str, tmp_path: Path) -> None:
           printf("%s.%s %zu\\n", #structure, #field, offsetof(struct structure, field))
         int main(void) {{
           {PLACES}
-          printf("%zu %zu %zu %d\\n", sizeof(fa4_tensor), sizeof(fa4_forward_args),
-                 sizeof(fa4_forward_plan), FA4_ABI_VERSION);
+          {SIZES}
+          printf("%d\\n", FA4_ABI_VERSION);
         }}
     """)
     program = tmp_path / "layout"
@@ -84,12 +95,8 @@ def test_structures_are_laid_out_as_in_c(compiler: str, tmp_path: Path) -> None:
     found = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     expected = [
         f"{structure}.{name} {getattr(declared, name).offset}"
-        for structure, declared in (
-            ("fa4_tensor", TensorArg),
-            ("fa4_forward_args", ForwardArgs),
-            ("fa4_forward_plan", ForwardPlan),
-        )
+        for structure, declared in STRUCTURES.items()
         for name, *_ in declared._fields_
     ]
-    sizes = [ctypes.sizeof(each) for each in (TensorArg, ForwardArgs, ForwardPlan)]
-    assert found.splitlines() == [*expected, " ".join(map(str, [*sizes, ABI_VERSION]))]
+    sizes = [str(ctypes.sizeof(declared)) for declared in STRUCTURES.values()]
+    assert found.splitlines() == [*expected, *sizes, str(ABI_VERSION)]

@@ -187,3 +187,96 @@ def test_statuses_have_sentences(planner) -> None:
     texts = {planner.library.fa4_error_string(status) for status in range(8)}
     assert len(texts) == 8
     assert b"CUDA call failed" in planner.library.fa4_error_string(-1)
+
+
+QUERIES, KEYS = ("q", "out", "grad_out", "dq"), ("k", "v", "dk", "dv")
+
+
+@pytest.mark.parametrize("head_dim", [0, 4, 12, 100, 264])
+def test_backwards_of_other_head_dims_are_declined(planner, head_dim: int) -> None:
+    assert planner.plan_backward(head_dim=head_dim)[0] == HEAD_DIM
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("mask", [{}, {"causal": 1}, {"window_left": 100, "window_right": 3}])
+def test_every_forward_that_is_served_has_a_backward(
+    planner, head_dim: int, mask: dict[str, int]
+) -> None:
+    for shape in ({}, {"heads_k": 2}, {"seq_q": 1, "seq_k": 1000}, packed()):
+        call = {"head_dim": head_dim, **mask, **shape}
+        assert planner.plan(**call)[0] == OK
+        assert planner.plan_backward(**call)[0] == OK
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_backward_is_planned_as_deterministic_if_it_is_asked_to_be(planner, asked: int) -> None:
+    assert planner.plan_backward(deterministic=asked)[1].deterministic == asked
+
+
+@pytest.mark.parametrize("heads_k", [16, 4, 1])
+@pytest.mark.parametrize("seq", [1024, 1000, 1])
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128, 136, 256])
+@pytest.mark.parametrize("deterministic", [0, 1])
+def test_the_workspace_is_one_dq_and_two_numbers_a_row(
+    planner, heads_k: int, seq: int, head_dim: int, deterministic: int
+) -> None:
+    plan = planner.plan_backward(
+        head_dim=head_dim, heads_k=heads_k, seq_q=seq, seq_k=4096, deterministic=deterministic
+    )[1]
+    assert plan.workspace_bytes >= 2 * 16 * seq * (head_dim + 2) * 4
+    # In whole tiles; and beside it, where sums are to be in order, whose turn it is.
+    rows = 2 * 16 * -(-seq // 128) * 128
+    columns = min(d for d in HEAD_DIMS if d >= head_dim)
+    turns = rows // 64 * -(-columns // 64) * deterministic
+    assert plan.workspace_bytes <= (rows * (columns + 2) + turns) * 4
+
+
+def test_the_workspace_of_packed_sequences_begins_each_at_a_whole_tile(planner) -> None:
+    plan = planner.plan_backward(**packed())[1]
+    assert plan.workspace_bytes >= 16 * 16384 * (128 + 2) * 4
+    assert plan.workspace_bytes <= 16 * (16384 + 5 * 128) * (128 + 2) * 4
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"element": 2},
+        {"heads_q": 6, "heads_k": 4},
+        {"seq_q": -1, "seq_k": 5},
+        packed(cu_seqlens_k=0),
+        packed(total_q=-1),
+        {"lse": 0},
+    ],
+)
+def test_contradictions_in_a_backward_are_named(planner, call: dict[str, Any]) -> None:
+    assert planner.plan_backward(**call)[0] == INVALID
+
+
+@pytest.mark.parametrize("tensor", QUERIES + KEYS)
+def test_every_tensor_of_a_backward_has_to_be_there(planner, tensor: str) -> None:
+    view = planner.tensor(0, 2**21, 2048, 128)
+    assert planner.plan_backward(**{tensor: view})[0] == INVALID
+    # Tensors without elements have no address; those of the other side have gradients all the same.
+    empty = {"seq_q": 0, "seq_k": 1024} if tensor in QUERIES else {"seq_k": 0}
+    side = dict.fromkeys(QUERIES if tensor in QUERIES else KEYS, view)
+    assert planner.plan_backward(**side, **empty)[0] == OK
+
+
+@pytest.mark.parametrize("tensor", QUERIES + KEYS)
+@pytest.mark.parametrize(
+    ("data", "stride_seq", "stride_head"),
+    [(4104, 2048, 128), (4096, 2044, 128), (4096, 2048, -128)],
+)
+def test_what_a_backward_cannot_address_is_declined(
+    planner, tensor: str, data: int, stride_seq: int, stride_head: int
+) -> None:
+    view = planner.tensor(data, 2**21, stride_seq, stride_head)
+    assert planner.plan_backward(**{tensor: view})[0] == STRIDE
+
+
+def test_backwards_with_too_many_rows_are_declined(planner) -> None:
+    assert planner.plan_backward(seq_q=2**30)[0] == SIZE
+    assert planner.plan_backward(seq_k=2**30)[0] == SIZE
+    many = {"batch": 2**10, "heads_q": 2**8}
+    assert planner.plan_backward(seq_q=2**20, seq_k=64, **many)[0] == SIZE
+    assert planner.plan_backward(seq_q=64, seq_k=2**20, **many)[0] == SIZE

@@ -1,4 +1,4 @@
-"""The functions known from flash-attn 2, forward, also under `torch.compile`.
+"""The functions known from flash-attn 2, with autograd and under `torch.compile`.
 
 What is not served raises instead of running something else: whoever calls a kernel by its name
 wants that kernel.
@@ -6,7 +6,6 @@ wants that kernel.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fa4_cuda.custom_ops import attention
@@ -16,7 +15,6 @@ from flash_attention_registry.sdpa.direct import (
     check_options,
     check_packed,
     mask_of,
-    not_served,
     with_unit_stride,
 )
 
@@ -54,24 +52,25 @@ def flash_attn_func(
         window_size: (left, right): keys seen before and after the diagonal, -1 for all.
         softcap: Must be 0.
         alibi_slopes: Must be None.
-        deterministic: May be either: it is about gradients.
+        deterministic: Whether the gradients are to repeat bit for bit, which is slower. They do as
+            well under `torch.use_deterministic_algorithms(True)`; out and lse always do.
         return_attn_probs: Whether to return lse too.
 
     Returns:
         out `[B, Sq, Hq, D]`; or, with `return_attn_probs`, `(out, lse, None)` with lse float32
         `[B, Hq, Sq]`, the natural logarithm of the softmax's denominator, -inf for rows that see no
-        key. None stands where a kernel with dropout returns its mask.
+        key. lse is not differentiable. None stands where a kernel with dropout returns its mask.
 
     Raises:
         ValueError: The tensors do not fit together.
-        NotImplementedError: The kernels do not serve such a call; none with gradients is.
+        NotImplementedError: The kernels do not serve such a call.
     """
     check_options(NAME, dropout_p, softcap, alibi_slopes)
     check_dense(q, k, v)
-    _refuse_gradients(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
-    out, lse = attention(q, k, v, None, None, 0, 0, scale, *mask_of(causal, window_size))
+    mask = mask_of(causal, window_size)
+    out, lse = attention(q, k, v, None, None, 0, 0, scale, *mask, deterministic)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -113,7 +112,7 @@ def flash_attn_varlen_func(
         window_size: (left, right): keys seen before and after the diagonal, -1 for all.
         softcap: Must be 0.
         alibi_slopes: Must be None.
-        deterministic: May be either.
+        deterministic: Whether the gradients are to repeat bit for bit.
         return_attn_probs: Whether to return lse too.
         block_table: Must be None.
 
@@ -123,11 +122,10 @@ def flash_attn_varlen_func(
 
     Raises:
         ValueError: The tensors do not fit together.
-        NotImplementedError: The kernels do not serve such a call; none with gradients is.
+        NotImplementedError: The kernels do not serve such a call.
     """
     check_options(NAME, dropout_p, softcap, alibi_slopes, block_table)
     check_packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
-    _refuse_gradients(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     out, lse = attention(
@@ -140,15 +138,6 @@ def flash_attn_varlen_func(
         max_seqlen_k,
         scale,
         *mask_of(causal, window_size),
+        deterministic,
     )
     return (out, lse, None) if return_attn_probs else out
-
-
-def _refuse_gradients(*tensors: Tensor) -> None:
-    """Refuse at once what would fail in the backward."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise not_served(
-            NAME,
-            "a tensor requires gradients, and there are no backward kernels yet; call it under "
-            "torch.no_grad(), or use fa4_triton.flash_attn_func",
-        )

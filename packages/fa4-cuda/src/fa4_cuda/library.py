@@ -10,6 +10,8 @@ __all__ = [
     "ABI_VERSION",
     "FUNCTIONS",
     "LIBRARY",
+    "BackwardArgs",
+    "BackwardPlan",
     "ForwardArgs",
     "ForwardPlan",
     "LibraryError",
@@ -20,7 +22,7 @@ __all__ = [
 
 LIBRARY = Path(__file__).with_name("lib") / "libfa4_cuda.so"
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Of the structures below; the library says which it was compiled with."""
 
 
@@ -89,6 +91,56 @@ class ForwardPlan(ctypes.Structure):
     )
 
 
+class BackwardArgs(ctypes.Structure):
+    """`fa4_backward_args`: what one backward is asked for."""
+
+    _fields_ = (
+        ("q", TensorArg),
+        ("k", TensorArg),
+        ("v", TensorArg),
+        ("out", TensorArg),
+        ("grad_out", TensorArg),
+        ("lse", ctypes.c_void_p),
+        ("lse_stride_batch", ctypes.c_int64),
+        ("lse_stride_head", ctypes.c_int64),
+        ("dq", TensorArg),
+        ("dk", TensorArg),
+        ("dv", TensorArg),
+        ("cu_seqlens_q", ctypes.c_void_p),
+        ("cu_seqlens_k", ctypes.c_void_p),
+        ("seqused_k", ctypes.c_void_p),
+        ("element", ctypes.c_int32),
+        ("batch", ctypes.c_int32),
+        ("heads_q", ctypes.c_int32),
+        ("heads_k", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("seq_q", ctypes.c_int32),
+        ("seq_k", ctypes.c_int32),
+        ("total_q", ctypes.c_int32),
+        ("total_k", ctypes.c_int32),
+        ("causal", ctypes.c_int32),
+        ("window_left", ctypes.c_int32),
+        ("window_right", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("deterministic", ctypes.c_int32),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class BackwardPlan(ctypes.Structure):
+    """`fa4_backward_plan`: how one backward is served."""
+
+    _fields_ = (
+        ("tile", ctypes.c_int32),
+        ("grid", ctypes.c_int32),
+        ("deterministic", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("workspace_bytes", ctypes.c_int64),
+    )
+
+
 FUNCTIONS = (
     # csrc/api.h
     ("fa4_abi_version", ctypes.c_int, ()),
@@ -102,6 +154,16 @@ FUNCTIONS = (
         "fa4_forward_with_plan",
         ctypes.c_int,
         (ctypes.POINTER(ForwardArgs), ctypes.POINTER(ForwardPlan)),
+    ),
+    (
+        "fa4_plan_backward",
+        ctypes.c_int,
+        (ctypes.POINTER(BackwardArgs), ctypes.c_int, ctypes.POINTER(BackwardPlan)),
+    ),
+    (
+        "fa4_backward_with_plan",
+        ctypes.c_int,
+        (ctypes.POINTER(BackwardArgs), ctypes.POINTER(BackwardPlan)),
     ),
     # csrc/glue/dispatch.cpp
     ("fa4_torch_find", ctypes.c_char_p, ()),

@@ -44,6 +44,15 @@ class Arguments {
   int64_t integer(int index) const { return static_cast<int64_t>(values_[index]); }
   bool flag(int index) const { return (values_[index] & 0xff) != 0; }
 
+  // Of an argument that is no optional and may be a tensor that is not there.
+  AtenTensorHandle defined_or_null(int index) const {
+    bool is_defined = false;
+    const AtenTensorHandle handle = tensor(index);
+    return handle != nullptr && !libtorch.aoti_torch_is_defined(handle, &is_defined) && is_defined
+               ? handle
+               : nullptr;
+  }
+
   bool is_none(int index) const { return values_[index] == 0; }
   AtenTensorHandle tensor_or_null(int index) const {
     return is_none(index) ? nullptr : reinterpret_cast<AtenTensorHandle>(*inner(index));

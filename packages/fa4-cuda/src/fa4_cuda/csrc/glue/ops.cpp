@@ -1,6 +1,6 @@
-// From the arguments of each op to a request, and from the kernel's results to those of the op.
-// What is served, and what results look like, is told in flash_attention_registry.sdpa, whose
-// adapters serve the same calls from Python.
+// The forward ops: from the arguments of each to a request, and from the kernel's results to those
+// of the op. What is served, and what results look like, is told in flash_attention_registry.sdpa,
+// whose adapters serve the same calls from Python.
 #include "ops.h"
 
 #include <cmath>
@@ -9,10 +9,6 @@
 
 namespace fa4::glue {
 namespace {
-
-// Where in its storage the seed of a served cuDNN forward stands, by which its backward is known
-// (sdpa/cudnn.py).
-constexpr int64_t kSeedMark = 2;
 
 OwnedTensor empty_scalar(const Tensor& like, int32_t dtype) {
   return empty(like, dtype, 0, nullptr);
@@ -49,21 +45,21 @@ OwnedTensor marked_seed(const Tensor& query) {
   return OwnedTensor(seed);
 }
 
-double default_scale(const Tensor& query) {
-  return 1.0 / std::sqrt(double(query.sizes[query.dims - 1]));
-}
+// What torch's flash kernels write as lse of a row that sees no key; cuDNN's is the negative.
+constexpr float kLseOfEmptyRows = INFINITY;
 
 // Allocates out like the query and runs the request into it.
-bool run_into_new(const Forward& forward, OwnedTensor& out, OwnedTensor& lse) {
-  out = empty_like(forward.query);
+bool run_into_new(const Request& request, float lse_of_empty_rows, OwnedTensor& out,
+                  OwnedTensor& lse) {
+  out = empty_like(request.query);
   Tensor target;
-  if (!out || !read(out.get(), forward.query.dims, target)) return false;
-  lse = run(forward, target);
+  if (!out || !read(out.get(), request.query.dims, target)) return false;
+  lse = run_forward(request, target, lse_of_empty_rows);
   return bool(lse);
 }
 
 // The arguments of the general ops from query on, in order.
-bool read_general(const Arguments& arguments, int first, bool with_pages, Forward& forward) {
+bool read_general(const Arguments& arguments, int first, bool with_pages, Request& request) {
   enum {
     kQuery,
     kKey,
@@ -96,24 +92,23 @@ bool read_general(const Arguments& arguments, int first, bool with_pages, Forwar
   const bool packed = cu_q != nullptr || cu_k != nullptr;
   if (!packed && seqused != nullptr) return false;
   if (packed ? !read_packed(arguments, first, cu_q, cu_k, seqused, arguments.integer(at(kMaxQ)),
-                            arguments.integer(at(kMaxK)), forward)
-             : !read_dense(arguments, first, HeadAxis::kTwo, forward)) {
+                            arguments.integer(at(kMaxK)), request)
+             : !read_dense(arguments, first, HeadAxis::kTwo, request)) {
     return false;
   }
-  forward.scale = arguments.number_or(at(kScale), default_scale(forward.query));
-  forward.causal = arguments.flag(at(kCausal));
-  forward.window_left = arguments.integer_or(at(kLeft), -1);
-  forward.window_right = arguments.integer_or(at(kRight), -1);
-  forward.lse_of_empty_rows = INFINITY;
+  request.scale = arguments.number_or(at(kScale), default_scale(request.query));
+  request.causal = arguments.flag(at(kCausal));
+  request.window_left = arguments.integer_or(at(kLeft), -1);
+  request.window_right = arguments.integer_or(at(kRight), -1);
   return true;
 }
 
 bool serve_general(const Arguments& arguments, bool with_pages, Results& results) {
-  Forward forward;
+  Request request;
   Unused unused;
   OwnedTensor out, lse;
-  if (!read_general(arguments, 0, with_pages, forward) || !unused.allocate(forward.query) ||
-      !run_into_new(forward, out, lse)) {
+  if (!read_general(arguments, 0, with_pages, request) || !unused.allocate(request.query) ||
+      !run_into_new(request, kLseOfEmptyRows, out, lse)) {
     return false;
   }
   results.add(std::move(out));
@@ -127,19 +122,20 @@ bool serve_general(const Arguments& arguments, bool with_pages, Results& results
 bool serve_sdpa_flash(const Arguments& arguments, Results& results) {
   enum { kQuery, kKey, kValue, kDropout, kCausal, kDebug, kScale };
   if (arguments.number(kDropout) != 0 || arguments.flag(kDebug)) return false;
-  Forward forward;
-  if (!read_dense(arguments, kQuery, HeadAxis::kOne, forward)) return false;
-  forward.scale = arguments.number_or(kScale, default_scale(forward.query));
-  forward.causal = arguments.flag(kCausal);
+  Request request;
+  if (!read_dense(arguments, kQuery, HeadAxis::kOne, request)) return false;
+  request.scale = arguments.number_or(kScale, default_scale(request.query));
+  request.causal = arguments.flag(kCausal);
   Unused unused;
   OwnedTensor out, lse;
-  if (!unused.allocate(forward.query) || !run_into_new(forward, out, lse)) return false;
+  if (!unused.allocate(request.query) || !run_into_new(request, kLseOfEmptyRows, out, lse))
+    return false;
   results.add(std::move(out));
   results.add(std::move(lse));
   results.add(undefined());
   results.add(undefined());
-  results.add(forward.query.sizes[2]);
-  results.add(forward.key.sizes[2]);
+  results.add(request.query.sizes[2]);
+  results.add(request.key.sizes[2]);
   unused.add_to(results);
   return true;
 }
@@ -149,18 +145,17 @@ bool serve_sdpa_cudnn(const Arguments& arguments, Results& results) {
   if (arguments.number(kDropout) != 0 || arguments.flag(kDebug) || !arguments.is_none(kBias))
     return false;
   if (!flash_is_enabled()) return false;  // the caller asked for cuDNN itself
-  Forward forward;
-  if (!read_dense(arguments, kQuery, HeadAxis::kOne, forward)) return false;
-  forward.scale = arguments.number_or(kScale, default_scale(forward.query));
-  forward.causal = arguments.flag(kCausal);
+  Request request;
+  if (!read_dense(arguments, kQuery, HeadAxis::kOne, request)) return false;
+  request.scale = arguments.number_or(kScale, default_scale(request.query));
+  request.causal = arguments.flag(kCausal);
   // cuDNN aligns causal masks of unequal lengths top-left.
-  if (forward.causal && forward.query.sizes[2] != forward.key.sizes[2]) return false;
-  forward.lse_of_empty_rows = -INFINITY;
-  OwnedTensor seed = marked_seed(forward.query);
-  OwnedTensor offset = empty_scalar(forward.query, libtorch.aoti_torch_dtype_int64());
+  if (request.causal && request.query.sizes[2] != request.key.sizes[2]) return false;
+  OwnedTensor seed = marked_seed(request.query);
+  OwnedTensor offset = empty_scalar(request.query, libtorch.aoti_torch_dtype_int64());
   OwnedTensor out, lse;
-  if (!seed || !offset || !run_into_new(forward, out, lse)) return false;
-  const int64_t* sizes = forward.query.sizes;
+  if (!seed || !offset || !run_into_new(request, -kLseOfEmptyRows, out, lse)) return false;
+  const int64_t* sizes = request.query.sizes;
   const int64_t shape[4] = {sizes[0], sizes[1], sizes[2], 1};
   const int64_t strides[4] = {sizes[1] * sizes[2], sizes[2], 1, 1};
   AtenTensorHandle column = nullptr;
@@ -171,7 +166,7 @@ bool serve_sdpa_cudnn(const Arguments& arguments, Results& results) {
   results.add(undefined());
   results.add(undefined());
   results.add(sizes[2]);
-  results.add(forward.key.sizes[2]);
+  results.add(request.key.sizes[2]);
   results.add(std::move(seed));
   results.add(std::move(offset));
   results.add(undefined());
@@ -187,15 +182,12 @@ bool serve_flash_forward_with_pages(const Arguments& arguments, Results& results
 }
 
 bool serve_flash_forward_inplace(const Arguments& arguments, Results& results) {
-  Forward forward;
+  Request request;
   Tensor out;
-  if (!read_general(arguments, 1, true, forward)) return false;
-  if (!read(arguments.tensor(0), forward.query.dims, out)) return false;
-  if (!out.same_sizes(forward.query) || out.dtype != forward.query.dtype ||
-      out.device != forward.query.device || out.device_type != forward.query.device_type) {
-    return false;
-  }
-  OwnedTensor lse = run(forward, out);
+  if (!read_general(arguments, 1, true, request)) return false;
+  if (!read(arguments.tensor(0), request.query.dims, out)) return false;
+  if (!out.same_sizes(request.query) || !out.same_kind(request.query)) return false;
+  OwnedTensor lse = run_forward(request, out, kLseOfEmptyRows);
   if (!lse) return false;
   results.add(std::move(lse));
   return true;

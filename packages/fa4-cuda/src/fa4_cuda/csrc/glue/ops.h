@@ -21,6 +21,14 @@ bool serve_flash_forward(const Arguments& arguments, Results& results);
 bool serve_flash_forward_with_pages(const Arguments& arguments, Results& results);
 bool serve_flash_forward_inplace(const Arguments& arguments, Results& results);
 
+bool serve_sdpa_flash_backward(const Arguments& arguments, Results& results);
+bool serve_sdpa_cudnn_backward(const Arguments& arguments, Results& results);
+bool serve_flash_backward(const Arguments& arguments, Results& results);
+
+// Where in its storage the seed of a served cuDNN forward stands, by which its backward is known
+// (sdpa/cudnn.py).
+inline constexpr int64_t kSeedMark = 2;
+
 inline constexpr Op kOps[] = {
     {"_scaled_dot_product_flash_attention", "TTTfbbf?->TTTTiiTTT", serve_sdpa_flash},
     {"_scaled_dot_product_cudnn_attention", "TTTT?bfbbf?->TTTTiiTTT", serve_sdpa_cudnn},
@@ -30,6 +38,11 @@ inline constexpr Op kOps[] = {
      serve_flash_forward_with_pages},
     {"_flash_attention_forward_no_dropout_inplace", "TTTTT?T?iifbbf?i?i?T?T?T?i?->T",
      serve_flash_forward_inplace},
+    {"_scaled_dot_product_flash_attention_backward", "TTTTTTTTiifbTTf?->TTT",
+     serve_sdpa_flash_backward},
+    {"_scaled_dot_product_cudnn_attention_backward", "TTTTTTTTTTTiifbf?->TTT",
+     serve_sdpa_cudnn_backward},
+    {"_flash_attention_backward", "TTTTTTTTiifbTTf?i?i?->TTT", serve_flash_backward},
 };
 inline constexpr int kOpCount = sizeof(kOps) / sizeof(kOps[0]);
 

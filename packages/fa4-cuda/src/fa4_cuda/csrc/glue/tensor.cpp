@@ -44,6 +44,14 @@ bool Tensor::same_sizes(const Tensor& other) const {
   return true;
 }
 
+bool Tensor::same_device(const Tensor& other) const {
+  return device_type == other.device_type && device == other.device;
+}
+
+bool Tensor::same_kind(const Tensor& other) const {
+  return dtype == other.dtype && same_device(other);
+}
+
 bool Tensor::is_empty() const {
   for (int dim = 0; dim < dims; ++dim) {
     if (sizes[dim] == 0) return true;
@@ -68,6 +76,18 @@ bool read(AtenTensorHandle handle, int64_t dims, Tensor& tensor) {
   return true;
 }
 
+const void* read_only(AtenTensorHandle handle) {
+  const void* data = nullptr;
+  libtorch.torch_get_const_data_ptr(handle, &data);
+  return data;
+}
+
+void* writable(AtenTensorHandle handle) {
+  void* data = nullptr;
+  libtorch.aoti_torch_get_data_ptr(handle, &data);
+  return data;
+}
+
 OwnedTensor empty(const Tensor& like, int32_t dtype, int64_t dims, const int64_t* sizes) {
   int64_t strides[kMostDims];
   int64_t stride = 1;
@@ -86,6 +106,13 @@ OwnedTensor empty_like(const Tensor& like) {
   if (libtorch.torch_call_dispatcher("aten::empty_like", "", stack, kTorchVersion))
     return OwnedTensor();
   return OwnedTensor(reinterpret_cast<AtenTensorHandle>(stack[0]));
+}
+
+OwnedTensor contiguous_copy(const Tensor& tensor) {
+  OwnedTensor made = empty(tensor, tensor.dtype, tensor.dims, tensor.sizes);
+  constexpr int32_t non_blocking = 1;
+  const bool copied = made && !libtorch.aoti_torch_copy_(made.get(), tensor.handle, non_blocking);
+  return copied ? std::move(made) : OwnedTensor();
 }
 
 OwnedTensor undefined() {

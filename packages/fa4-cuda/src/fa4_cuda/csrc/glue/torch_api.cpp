@@ -5,10 +5,11 @@
 namespace fa4::glue {
 namespace {
 
-// at::globalContext() and at::Context::userEnabledFlashSDP() const: exported C++ functions without
-// a C twin.
+// at::globalContext(), and of at::Context userEnabledFlashSDP() const and
+// deterministicAlgorithms() const: exported C++ functions without a C twin.
 void* (*global_context)() = nullptr;
 bool (*user_enabled_flash_sdp)(const void*) = nullptr;
+bool (*deterministic_algorithms)(const void*) = nullptr;
 
 // A library that is loaded already, or null; what it exports is found through it alone, because
 // Python loads torch's libraries out of sight of the process's other symbols.
@@ -39,6 +40,7 @@ const char* find_torch() {
 #undef FA4_CHECK
   find(global_context, "_ZN2at13globalContextEv", cpu, cuda);
   find(user_enabled_flash_sdp, "_ZNK2at7Context19userEnabledFlashSDPEv", cpu, cuda);
+  find(deterministic_algorithms, "_ZNK2at7Context23deterministicAlgorithmsEv", cpu, cuda);
   libtorch = found;
   return nullptr;
 }
@@ -49,6 +51,11 @@ bool can_ask_whether_flash_is_enabled() {
 
 bool flash_is_enabled() {
   return can_ask_whether_flash_is_enabled() && user_enabled_flash_sdp(global_context());
+}
+
+bool deterministic_is_asked() {
+  return global_context == nullptr || deterministic_algorithms == nullptr ||
+         deterministic_algorithms(global_context());
 }
 
 }  // namespace fa4::glue

@@ -32,6 +32,8 @@ using DeviceGuardHandle = DeviceGuardOpaque*;
   X(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle, int32_t*))                       \
   X(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle, int32_t*))                 \
   X(AOTITorchError, aoti_torch_get_device_index, (AtenTensorHandle, int32_t*))                \
+  X(AOTITorchError, aoti_torch_is_defined, (AtenTensorHandle, bool*))                         \
+  X(AOTITorchError, aoti_torch_get_storage_offset, (AtenTensorHandle, int64_t*))              \
   X(AOTITorchError, aoti_torch_get_data_ptr, (AtenTensorHandle, void**))                      \
   X(AOTITorchError, torch_get_const_data_ptr, (AtenTensorHandle, const void**))               \
   X(AOTITorchError, aoti_torch_new_tensor_handle, (AtenTensorHandle, AtenTensorHandle*))      \
@@ -41,6 +43,7 @@ using DeviceGuardHandle = DeviceGuardOpaque*;
     (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorHandle*))  \
   X(AOTITorchError, aoti_torch__reinterpret_tensor,                                           \
     (AtenTensorHandle, int64_t, const int64_t*, const int64_t*, int64_t, AtenTensorHandle*))  \
+  X(AOTITorchError, aoti_torch_copy_, (AtenTensorHandle, AtenTensorHandle, int32_t))          \
   X(AOTITorchError, aoti_torch_get_current_device_index, (int32_t*))                          \
   X(AOTITorchError, aoti_torch_create_device_guard, (int32_t, DeviceGuardHandle*))            \
   X(AOTITorchError, aoti_torch_delete_device_guard, (DeviceGuardHandle))                      \
@@ -80,5 +83,9 @@ const char* find_torch();
 // be asked.
 bool flash_is_enabled();
 bool can_ask_whether_flash_is_enabled();
+
+// torch.are_deterministic_algorithms_enabled(). True where it cannot be asked: what is always
+// right.
+bool deterministic_is_asked();
 
 }  // namespace fa4::glue

@@ -1,0 +1,495 @@
+"""Training on a Hopper GPU with fa4-cuda: gradients, determinism, memory, switches.
+
+    pytest -m gpu packages/fa4-cuda/tests/test_training_gpu.py
+
+A backward runs on a thread of torch's. That no Python runs in it shows in the counts: the kernel
+set fails there, and a call that it fails in is stock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fa4_cuda
+import flash_attention_registry as registry
+from fa4_cuda.kernel_set import CudaKernels
+from flash_attention_registry.sdpa import dispatch_counts, reset_dispatch_counts
+from flash_attention_testkit import SdpaResult, assert_sdpa_parity
+
+IMPL = "fa4-cuda"
+FLASH = "_scaled_dot_product_flash_attention"
+CUDNN = "_scaled_dot_product_cudnn_attention"
+GENERAL = "_flash_attention_forward"
+GENERAL_BACKWARD = "_flash_attention_backward"
+
+pytestmark = pytest.mark.gpu
+aten = torch.ops.aten
+
+Grads = tuple[Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def _clean(flash_attention_registry_reset: Any) -> None:
+    if IMPL not in registry.list_flash_attention_impls():
+        fa4_cuda.register()
+    torch.manual_seed(0)
+    reset_dispatch_counts()
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The implementation is active, and a call that comes to it through Python is not served."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("served through Python")
+
+    # Before it is installed, which looks its methods up.
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(CudaKernels, direction, fail)
+    registry.activate_flash_attention_impl(IMPL)
+
+
+@contextmanager
+def asking_for_determinism() -> Iterator[None]:
+    """Torch fills memory that it allocates with NaN then."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def leaves(
+    batch: int = 2,
+    heads: int = 8,
+    heads_kv: int = 2,
+    rows: int = 300,
+    keys: int | None = None,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """Query, key and value `[B, S, H, D]`."""
+    keys = rows if keys is None else keys
+    shapes = (batch, rows, heads, head_dim), *((batch, keys, heads_kv, head_dim),) * 2
+    return [randn(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def sdpa(tensors: list[Tensor], backend: SDPBackend | None = None, **options: Any) -> Tensor:
+    """Torch's attention of `[B, S, H, D]` tensors."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+
+
+def general(tensors: list[Tensor], causal: bool, window: tuple[int, int] = (-1, -1)) -> Tensor:
+    """Torch's general op, dense, which alone has causal masks of unequal lengths."""
+    rows, keys = tensors[0].shape[1], tensors[1].shape[1]
+    left, right = window
+    out: Tensor = aten._flash_attention_forward(
+        *(*tensors, None, None, rows, keys, 0.0, causal, False),
+        window_size_left=left,
+        window_size_right=right,
+    )[0]
+    return out
+
+
+def assert_right(
+    label: object,
+    out: Tensor,
+    grads: Grads,
+    tensors: list[Tensor],
+    grad_out: Tensor,
+    **options: Any,
+) -> None:
+    __tracebackhide__ = True
+    plain = [tensor.detach() for tensor in tensors]
+    result = SdpaResult(out.detach(), None, *grads)
+    assert_sdpa_parity(label, result, *plain, grad_out=grad_out, **options)
+
+
+def assert_both_served(op: str, backward: str | None = None) -> None:
+    __tracebackhide__ = True
+    names = op, backward or f"{op}_backward"
+    served = "\n".join(f"{name}: 1 served, 0 on stock" for name in names)
+    assert str(dispatch_counts()) == served
+
+
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "op"),
+    [(None, CUDNN), (SDPBackend.FLASH_ATTENTION, FLASH)],
+    ids=["as torch chooses", "flash"],
+)
+
+
+@BACKENDS
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads_kv", [8, 2])
+def test_sdpa_trains_without_python_and_right(
+    native: None, backend: SDPBackend | None, op: str, causal: bool, heads_kv: int
+) -> None:
+    if backend is None and heads_kv != 8:
+        pytest.skip("which backend torch chooses for grouped heads differs between versions")
+    tensors = leaves(heads_kv=heads_kv)
+    out = sdpa(tensors, backend, is_causal=causal)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_both_served(op)
+    assert_right(op, out, grads, tensors, grad_out, causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 136, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_head_dim_has_gradients_in_the_layout_of_its_projection(
+    native: None, head_dim: int, dtype: torch.dtype
+) -> None:
+    rows = randn(2, 200, (8 + 2 + 2) * head_dim, dtype=dtype)
+    parts = rows.split([8 * head_dim, 2 * head_dim, 2 * head_dim], dim=-1)
+    tensors = [part.unflatten(-1, (-1, head_dim)).detach().requires_grad_() for part in parts]
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=True)
+    grad_out = randn(*out.shape, dtype=dtype)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_both_served(FLASH)
+    for grad, tensor in zip(grads, tensors, strict=True):
+        assert grad.stride() == torch.empty_like(tensor).stride()
+    assert_right(head_dim, out, grads, tensors, grad_out, causal=True)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 0), (20, 30)])
+@pytest.mark.parametrize("lengths", [(150, 150), (100, 333), (333, 100)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_and_unequal_lengths(
+    native: None, window: tuple[int, int], lengths: tuple[int, int], causal: bool
+) -> None:
+    tensors = leaves(rows=lengths[0], keys=lengths[1], head_dim=64)
+    out = general(tensors, causal, window)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_both_served(GENERAL, GENERAL_BACKWARD)
+    left, right = (None if bound < 0 else bound for bound in window)
+    options = {"causal": causal, "window_left": left, "window_right": right}
+    assert_right(window, out, grads, tensors, grad_out, **options)
+    empty = max(lengths[0] - lengths[1], 0) if causal or window == (64, 0) else 0
+    assert (grads[0][:, :empty] == 0).all()
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 0)])
+def test_packed_sequences_train(native: None, window: tuple[int, int]) -> None:
+    queries, keys = (
+        torch.tensor(offsets, device="cuda", dtype=torch.int32)
+        for offsets in ([0, 100, 100, 417, 430], [0, 200, 230, 500, 500])
+    )
+    tensors = [randn(rows, 4, 64).requires_grad_() for rows in (430, 500, 500)]
+    out = aten._flash_attention_forward(
+        *(*tensors, queries, keys, 317, 270, 0.0, False, False),
+        window_size_left=window[0],
+        window_size_right=window[1],
+    )[0]
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_both_served(GENERAL, GENERAL_BACKWARD)
+    left, right = (None if bound < 0 else bound for bound in window)
+    options = {"window_left": left, "window_right": right}
+    offsets = {"cu_seqlens_query": queries, "cu_seqlens_key": keys}
+    assert_right("packed", out, grads, tensors, grad_out, **options, **offsets)
+    assert (grads[0][417:] == 0).all()
+    for grad in grads[1:]:
+        assert (grad[200:230] == 0).all()
+
+
+GRADIENTS_OF_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "one number": lambda grad: grad[:1, :1, :1, :1].expand(grad.shape),
+    "one head": lambda grad: grad[:, :, :1].expand(grad.shape),
+    "columns outside": lambda grad: grad.mT.contiguous().mT,
+    "odd rows": lambda grad: torch.cat([grad, grad[..., :4]], -1)[..., :128],
+    "misaligned": lambda grad: torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view(grad.shape),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", GRADIENTS_OF_OUT)
+def test_the_gradient_of_out_may_lie_anyhow(
+    native: None, backend: SDPBackend | None, op: str, name: str
+) -> None:
+    tensors = leaves(heads_kv=8)
+    out = sdpa(tensors, backend)
+    grad_out = GRADIENTS_OF_OUT[name](randn(*out.shape))
+    with asking_for_determinism():
+        found = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        expected = torch.autograd.grad(out, tensors, grad_out.contiguous())
+    assert dispatch_counts()[f"{op}_backward"].served == 2
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads_kv", [8, 1])
+def test_deterministic_gradients_repeat_bit_for_bit(
+    native: None, causal: bool, heads_kv: int
+) -> None:
+    tensors = leaves(batch=4, rows=1111, heads_kv=heads_kv)
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=causal)
+    grad_out = randn(*out.shape)
+    with asking_for_determinism():
+        first = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        for _ in range(100):
+            again = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+            for one, other in zip(again, first, strict=True):
+                assert torch.equal(one, other)
+    assert dispatch_counts()[f"{FLASH}_backward"].served == 101
+    assert_right("deterministic", out, first, tensors, grad_out, causal=causal)
+
+
+def test_direct_calls_are_deterministic_if_they_are_to_be() -> None:
+    tensors = leaves(batch=4, rows=1111)
+    out = fa4_cuda.flash_attn_func(*tensors, causal=True, deterministic=True)
+    grad_out = randn(*out.shape)
+    first = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+    for _ in range(100):
+        again = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        for one, other in zip(again, first, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_other_gradients_differ_by_their_rounding_at_most(native: None) -> None:
+    """The order of sums differs from run to run; a race would show as more."""
+    tensors = leaves(batch=4, rows=1111)
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=True)
+    grad_out = randn(*out.shape)
+    first = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+    for _ in range(100):
+        again = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        for one, other in zip(again, first, strict=True):
+            size = float(other.float().square().mean().sqrt())
+            torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * size)
+    assert_right("default", out, again, tensors, grad_out, causal=True)
+
+
+@pytest.mark.parametrize("lengths", [(300, 77), (77, 300), (1, 1000)], ids=str)
+def test_gradients_are_written_whole(native: None, lengths: tuple[int, int]) -> None:
+    """In memory that is NaN before, the workspace too."""
+    tensors = leaves(rows=lengths[0], keys=lengths[1])
+    with asking_for_determinism():
+        out = general(tensors, causal=True, window=(20, 0))
+        grads = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert_both_served(GENERAL, GENERAL_BACKWARD)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_memory_is_one_float32_dq_and_two_numbers_a_row(native: None) -> None:
+    tensors = leaves(batch=4, heads=16, heads_kv=2, rows=2048)
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=True)
+    grad_out = randn(*out.shape)
+    torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    peak = torch.cuda.max_memory_allocated() - before
+    results = sum(grad.nbytes for grad in grads)
+    rows = 4 * 16 * 2048
+    assert peak <= results + rows * (128 + 2) * 4 + (1 << 20)
+    assert dispatch_counts()[f"{FLASH}_backward"].served == 2
+
+
+def assert_alike(found: Grads, expected: Grads) -> None:
+    """Of two implementations: they mean the same by out and lse."""
+    __tracebackhide__ = True
+    for one, other in zip(found, expected, strict=True):
+        distance = (one.double() - other.double()).square().mean().sqrt()
+        assert distance <= 0.02 * other.double().square().mean().sqrt()
+
+
+@BACKENDS
+@pytest.mark.parametrize("causal", [False, True])
+def test_stocks_backward_follows_a_served_forward(
+    backend: SDPBackend | None, op: str, causal: bool
+) -> None:
+    tensors = leaves(heads_kv=8)
+    registry.activate_flash_attention_impl(IMPL)
+    out = sdpa(tensors, backend, is_causal=causal)
+    assert dispatch_counts()[op].served == 1
+    registry.restore_flash_attention_impl()
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert dispatch_counts()[f"{op}_backward"].served == 0
+    assert_right(op, out, grads, tensors, grad_out, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_backward_is_served_after_stocks_forward(native: None, causal: bool) -> None:
+    registry.restore_flash_attention_impl()
+    tensors = leaves(rows=300)
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=causal)
+    registry.activate_flash_attention_impl(IMPL)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert dispatch_counts()[f"{FLASH}_backward"].served == 1
+    assert_right("after stock", out, grads, tensors, grad_out, causal=causal)
+
+
+def test_rows_without_keys_of_stocks_forward_have_gradients_of_zero(native: None) -> None:
+    registry.restore_flash_attention_impl()
+    tensors = leaves(rows=300, keys=170)
+    out = general(tensors, causal=True)
+    registry.activate_flash_attention_impl(IMPL)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert dispatch_counts()[GENERAL_BACKWARD].served == 1
+    assert (grads[0][:, :130] == 0).all()
+    assert_right("after stock", out, grads, tensors, grad_out, causal=True)
+
+
+def test_cudnns_backward_follows_cudnns_forward() -> None:
+    tensors = leaves(heads_kv=8)
+    out = sdpa(tensors)
+    grad_out = randn(*out.shape)
+    expected = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+    registry.activate_flash_attention_impl(IMPL)
+    assert_alike(torch.autograd.grad(out, tensors, grad_out), expected)
+    reasons = dispatch_counts()[f"{CUDNN}_backward"].declined
+    assert reasons == {"forward was run by cuDNN": 1}
+
+
+def test_what_asked_for_cudnn_itself_stays_there_in_the_backward() -> None:
+    tensors = leaves(heads_kv=8)
+    registry.activate_flash_attention_impl(IMPL)
+    out = sdpa(tensors, SDPBackend.CUDNN_ATTENTION)
+    torch.autograd.grad(out, tensors, randn(*out.shape))
+    counts = dispatch_counts()
+    assert (counts[CUDNN].served, counts[f"{CUDNN}_backward"].served) == (0, 0)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+def test_dropout_is_stocks_in_both_directions(backend: SDPBackend) -> None:
+    tensors = leaves(heads_kv=8)
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(7)
+        out = sdpa(tensors, backend, dropout_p=0.25)
+        return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
+
+    stock = step()
+    registry.activate_flash_attention_impl(IMPL)
+    found = step()
+    assert torch.equal(found[0], stock[0])
+    assert_alike(tuple(found[1:]), tuple(stock[1:]))
+    counts = dispatch_counts()
+    assert counts.served == 0
+    assert counts.declined == 2
+
+
+def test_a_training_step_in_a_cuda_graph(native: None) -> None:
+    tensors = leaves(rows=512)
+    grad_out = randn(2, 512, 8, 128)
+
+    def step() -> Grads:
+        out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=True)
+        return torch.autograd.grad(out, tensors, grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with asking_for_determinism():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.copy_(randn(*tensor.shape))
+        for _ in range(3):
+            graph.replay()
+        for one, other in zip(captured, step(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_backward_runs_on_the_device_of_its_tensors(native: None) -> None:
+    tensors = [tensor.detach().to("cuda:1").requires_grad_() for tensor in leaves()]
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION)
+    grad_out = randn(*out.shape).to("cuda:1")
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_both_served(FLASH)
+    assert_right("second GPU", out, grads, tensors, grad_out)
+
+
+@BACKENDS
+def test_a_compiled_step_is_served(native: None, backend: SDPBackend | None, op: str) -> None:
+    def step(*tensors: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in tensors))
+        return out.sin()
+
+    tensors = leaves(heads_kv=8)
+    torch._dynamo.reset()
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        found = torch.compile(step, fullgraph=True)(*tensors)
+        expected = step(*tensors)
+    grad_out = randn(*found.shape)
+    with asking_for_determinism():
+        grads = torch.autograd.grad(found, tensors, grad_out)
+        assert_alike(grads, torch.autograd.grad(expected, tensors, grad_out))
+    assert dispatch_counts()[f"{op}_backward"].served == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_direct_calls_have_gradients(compiled: bool) -> None:
+    options: dict[str, Any] = {"causal": True, "window_size": (100, -1)}
+
+    def dense(*tensors: Tensor) -> Tensor:
+        out = fa4_cuda.flash_attn_func(*tensors, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    offsets = torch.tensor([0, 100, 100, 417], device="cuda", dtype=torch.int32)
+
+    def packed(*tensors: Tensor) -> Tensor:
+        out = fa4_cuda.flash_attn_varlen_func(*tensors, offsets, offsets, 317, 317, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    wrap: Callable[[Any], Any] = lambda f: torch.compile(f, fullgraph=True) if compiled else f  # noqa: E731
+    torch._dynamo.reset()
+    tensors = leaves()
+    out = wrap(dense)(*tensors)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_right("dense", out, grads, tensors, grad_out, causal=True, window_left=100)
+    tensors = [randn(417, heads, 96).requires_grad_() for heads in (8, 2, 2)]
+    out = wrap(packed)(*tensors)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    lengths = {"cu_seqlens_query": offsets, "cu_seqlens_key": offsets}
+    masks = {"causal": True, "window_left": 100}
+    assert_right("packed", out, grads, tensors, grad_out, **masks, **lengths)
+
+
+@pytest.mark.filterwarnings("ignore:fa4-cuda raised OutOfMemoryError:RuntimeWarning")
+def test_running_out_of_memory_in_a_backward_is_an_out_of_memory_error() -> None:
+    registry.activate_flash_attention_impl(IMPL)
+    tensors = leaves(batch=8, heads=16, heads_kv=16, rows=2048)
+    out = sdpa(tensors, SDPBackend.FLASH_ATTENTION)
+    grad_out = torch.ones_like(out)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (4 << 20)) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            torch.autograd.grad(out, tensors, grad_out)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
