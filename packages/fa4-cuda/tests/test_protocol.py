@@ -202,6 +202,8 @@ class ThreadBlock:
 
         def wait_q() -> Steps:
             yield from q.wait_full()
+
+        def free_loaded_q() -> Steps:
             if self.shape.q_in_registers:
                 yield
                 q.is_read(number)
@@ -232,6 +234,7 @@ class ThreadBlock:
             return
         yield from wait_q()
         yield from wait_first_k(tile.consumers[group].skip_first)
+        yield from free_loaded_q()
         while True:
             mine = tile.consumers[group]
             yield  # the first scores
@@ -284,6 +287,7 @@ class ThreadBlock:
             if following_tile is not None:
                 yield from wait_q()
                 yield from wait_first_k(following_tile.consumers[group].skip_first)
+                yield from free_loaded_q()
             yield  # the output
             if not mine.skip_last:
                 v.is_read((number - 1, mine.begin))

@@ -113,6 +113,11 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
   if (plan.grid > 0) {
     params.n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
     params.section = section_of(args, tile, window.mask);
+    params.tiles = params.n_blocks * args.heads_k * args.batch;
+    // Tiles differ in length under a mask: whoever is free draws the next. The counter is zeroed
+    // with the rows of the queries.
+    const bool draws = queries && (packed || window.mask != Mask::kFull);
+    params.next_tile = draws ? reinterpret_cast<int*>(memory + workspace.next_tile) : nullptr;
     params.last_block_first = plan.deterministic && window.mask != Mask::kFull;
     const int status = make_tensor_maps(params, args, tile);
     if (status != FA4_OK) return status;

@@ -10,7 +10,7 @@
 namespace fa4 {
 
 template <int kTileIndex, Element kElement, int kWarpgroup>
-__device__ __forceinline__ void consume_by_columns(const BackwardParams& params, const BackwardWork& work,
+__device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
                                                    const BackwardLayout<kTileIndex>& layout) {
   using Layout = BackwardLayout<kTileIndex>;
   static constexpr BackwardTile kTile = Layout::kTile;
@@ -23,12 +23,23 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
 
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int warp = __shfl_sync(~0u, thread >> 5, 0);
-  const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params, work);
-  QuerySteps<kBackwardTiles[kTileIndex]> step(params, work, blocks);
-  const int first_key = work.n_block * kN + warp * 16 + (lane >> 2);
-  const ColumnMask<kTile.mask> mask(params, work, first_key, lane);
   const float masked_score = params.scale_log2 < 0 ? INFINITY : -INFINITY;
   const float scale_log2 = params.scale_log2;
+
+  const auto q_ring = layout.q_ring();
+  const auto do_ring = layout.do_ring();
+  TileReader<kTileIndex> tiles;
+  RingPosition<kTile.q_stages> q_at;
+  RingPosition<kTile.do_stages> do_at;
+  RingPosition<1> key_at;
+
+#pragma unroll 1
+  for (int tile = tiles.next(layout); tile >= 0; tile = tiles.next(layout)) {
+  const BackwardWork work(params, tile);
+  const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params, work);
+  QuerySteps step(params, work, blocks);
+  const int first_key = work.n_block * kN + warp * 16 + (lane >> 2);
+  const ColumnMask<kTile.mask> mask(params, work, first_key, lane);
 
   float s[kM / 2], dq[32], dk[kColumns / 2], dv[kColumns / 2];  // s: S^T, or dP^T
   uint32_t p[kM / 4], ds[kM / 4];
@@ -38,11 +49,6 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
   pin(dv);
 
   if (step.left > 0) {
-    const auto q_ring = layout.q_ring();
-    const auto do_ring = layout.do_ring();
-    RingPosition<kTile.q_stages> q_at;
-    RingPosition<kTile.do_stages> do_at;
-
     const uint32_t p_panel = layout.exchange, ds_panel = layout.exchange + kTile.score_bytes();
     const auto q_tile = [&](RingPosition<kTile.q_stages> at) {
       return layout.q + at.stage() * kTile.q_bytes();
@@ -123,28 +129,27 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
       wgmma_commit();
     };
     // The first panel of dQ; the second takes its place.
-    const auto add_panel = [&](int panel, int64_t row, int block) {
-      add_dq<kTileIndex>(params, work, dq, row, block, kFirstPanel + panel, kWarpgroup, thread);
+    const auto add_panel = [&](int panel, int64_t row) {
+      add_dq<kTileIndex>(params, layout, dq, row, kFirstPanel + panel, 64, kWarpgroup, thread);
     };
-    const auto add_first = [&](int64_t row, int block) {
+    const auto add_first = [&](int64_t row) {
       wgmma_wait<1>();
       pin(dq);
-      add_panel(0, row, block);
+      add_panel(0, row);
       if constexpr (kOwnPanels > 1) {
         wgmma_fence();
         issue_dq_panel(1);
       }
     };
-    const auto add_second = [&](int64_t row, int block) {
+    const auto add_second = [&](int64_t row) {
       pin(dq);
       pin(dk);
-      if constexpr (kOwnPanels > 1) add_panel(1, row, block);
+      if constexpr (kOwnPanels > 1) add_panel(1, row);
     };
 
     // ---- the first step, to dS
-    const RingPosition<1> once;
-    layout.k_once().wait_full(once);
-    layout.v_once().wait_full(once);
+    layout.k_ring().wait_full(key_at);
+    layout.v_ring().wait_full(key_at);
     bool masked = blocks.masked(step.block);
     if constexpr (kMakesP) {
       clear_tail(layout.k, work.seq_k - work.n_block * kN);
@@ -160,7 +165,6 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
 #pragma unroll 1
     while (step.left > 1) {
       const int64_t row = step.row;
-      const int block = step.block;
       const auto q_done = q_at;
       step.advance(params, blocks);
       q_at.advance();
@@ -168,7 +172,7 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
 
       if constexpr (kMakesP) issue_s();  // before anyone waits for dS
       issue_dq_dk(q_done);
-      add_first(row, block);
+      add_first(row);
       if constexpr (kMakesP) {
         make_p(masked);
         wgmma_wait<0>();
@@ -176,16 +180,22 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
         issue_dp();
         wgmma_wait<1>();
       }
-      add_second(row, block);
+      add_second(row);
       ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_done), lane == 0);
       multiply_dv(masked);
     }
 
     // ---- what is left of the last step
     issue_dq_dk(q_at);
-    add_first(step.row, step.block);
+    add_first(step.row);
     wgmma_wait<0>();
-    add_second(step.row, step.block);
+    add_second(step.row);
+    // The next tile's keys and queries come while dK and dV are stored.
+    ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
+    ptx::mbarrier_arrive_if(layout.k_ring().empty_barrier(key_at), lane == 0);
+    ptx::mbarrier_arrive_if(layout.v_ring().empty_barrier(key_at), lane == 0);
+    q_at.advance();
+    key_at.advance();
   }
 
   constexpr int kFirstColumn = kFirstPanel * kPanelColumns;
@@ -193,6 +203,7 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
                                      kFirstColumn, lane);
   store_gradient<kElement, kColumns>(params, work, params.dv, dv, 1.f, first_key, kFirstColumn,
                                      lane);
+  }
 }
 
 }  // namespace fa4

@@ -11,7 +11,7 @@
 namespace fa4 {
 
 template <int kTileIndex, Element kElement>
-__device__ __forceinline__ void consume_by_keys(const BackwardParams& params, const BackwardWork& work,
+__device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
                                                 const BackwardLayout<kTileIndex>& layout,
                                                 int warpgroup) {
   using Layout = BackwardLayout<kTileIndex>;
@@ -22,13 +22,25 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
 
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int warp = __shfl_sync(~0u, thread >> 5, 0);
-  const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params, work);
-  QuerySteps<kBackwardTiles[kTileIndex]> step(params, work, blocks);
-  const int first_key = work.n_block * kN + warpgroup * 64 + warp * 16 + (lane >> 2);
-  const ColumnMask<kTile.mask> mask(params, work, first_key, lane);
   // What scaling makes minus infinity.
   const float masked_score = params.scale_log2 < 0 ? INFINITY : -INFINITY;
   const float scale_log2 = params.scale_log2;
+
+  const auto q_ring = layout.q_ring();
+  const auto do_ring = layout.do_ring();
+  TileReader<kTileIndex> tiles;
+  RingPosition<kTile.q_stages> q_at;
+  RingPosition<kTile.do_stages> do_at;
+  RingPosition<1> key_at;
+  RingPosition<2> ds_at;
+
+#pragma unroll 1
+  for (int tile = tiles.next(layout); tile >= 0; tile = tiles.next(layout)) {
+  const BackwardWork work(params, tile);
+  const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params, work);
+  QuerySteps step(params, work, blocks);
+  const int first_key = work.n_block * kN + warpgroup * 64 + warp * 16 + (lane >> 2);
+  const ColumnMask<kTile.mask> mask(params, work, first_key, lane);
 
   float s[kM / 2], dp[kM / 2], dq[32], dk[kHeadDim / 2], dv[kHeadDim / 2];
   uint32_t p[kM / 4], ds[kM / 4];
@@ -38,12 +50,6 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
   pin(dv);
 
   if (step.left > 0) {
-    const auto q_ring = layout.q_ring();
-    const auto do_ring = layout.do_ring();
-    RingPosition<kTile.q_stages> q_at;
-    RingPosition<kTile.do_stages> do_at;
-    uint32_t ds_at = 0;  // which of its two places: the offset
-
     // Operands: K and V of this warp group, as rows; and what it multiplies by columns, whose panels
     // follow each other.
     const uint32_t own_keys = warpgroup * panel_bytes(64);
@@ -52,6 +58,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
     const auto q_tile = [&](RingPosition<kTile.q_stages> at) {
       return layout.q + at.stage() * kTile.q_bytes();
     };
+    const auto ds_place = [&] { return ds_at.stage() * kTile.score_bytes(); };
     const auto do_tile = [&] { return layout.grad_out + do_at.stage() * kTile.q_bytes(); };
 
     // Rows of Q or dO behind a packed sequence's last.
@@ -71,12 +78,14 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
       wgmma_commit();
     };
     const auto issue_dq_dk = [&](RingPosition<kTile.q_stages> at) {
+      layout.ds_ring().wait_full(ds_at);
       wgmma_fence();
-      issue_dq<kElement, kN>(dq, fresh_descriptor(ds_panel + ds_at, 16),
+      issue_dq<kElement, kN>(dq, fresh_descriptor(ds_panel + ds_place(), 16),
                              fresh_descriptor(k_panel, 16));
       wgmma_commit();
       issue_pv<kElement, kHeadDim, kM>(dk, ds, fresh_descriptor(q_tile(at), panel_bytes(kM)));
       wgmma_commit();
+      ds_at.advance();
     };
     const auto make_p = [&](bool masked) {
       pin(s);
@@ -100,25 +109,31 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
       if (masked) mask.template apply<kM>(dp, step.block * kM, 0.f);
       score_gradients<kElement, kM>(ds, p, dp, layout.delta + do_at.stage() * Layout::kRowBytes,
                                     lane);
-      ds_at ^= kTile.score_bytes();
-      store_operand<kM, kN>(layout.exchange + ds_at, ds, 64 * warpgroup, warp, lane);
+      store_operand<kM, kN>(layout.exchange + ds_place(), ds, 64 * warpgroup, warp, lane);
       ptx::fence_proxy_async();
+      __syncwarp();
+      ptx::mbarrier_arrive_if(layout.ds_ring().full_barrier(ds_at), lane == 0);
       wgmma_wait<0>();
       pin(dv);
       ptx::mbarrier_arrive_if(do_ring.empty_barrier(do_at), lane == 0);
       do_at.advance();
     };
 
+    const auto add = [&](int64_t row) {
+      add_dq<kTileIndex>(params, layout, dq, row + (kSplitsRows ? 64 * warpgroup : 0),
+                         kSplitsRows ? 0 : warpgroup,
+                         kSplitsRows ? 64 : kHeadDim - 64 * warpgroup, warpgroup, thread);
+    };
+
     // ---- the first step, to dS
-    const RingPosition<1> once;
-    layout.k_once().wait_full(once);
+    layout.k_ring().wait_full(key_at);
     const int keys = work.seq_k - work.n_block * kN;
     if (params.cu_seqlens_k != nullptr && keys < kN) {
       clear_rows<kN, kTile.panels(), 256>(layout.k, keys, warpgroup * 128 + thread);
       ptx::named_barrier_sync(kClearedBarrier, 256);
     }
     issue_s();
-    layout.v_once().wait_full(once);
+    layout.v_ring().wait_full(key_at);
     wgmma_wait<0>();
     make_p(blocks.masked(step.block));
     issue_dp_dv();
@@ -128,21 +143,18 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
 #pragma unroll 1
     while (step.left > 1) {
       const auto q_done = q_at;
+      const int64_t row = step.row;
       step.advance(params, blocks);
       q_at.advance();
       const bool masked = blocks.masked(step.block);
 
       issue_s();  // before anyone waits for the other's dS
-      ptx::named_barrier_sync(kDsBarrier, 256);
       issue_dq_dk(q_done);
-      if constexpr (!kTile.dq_before_p) {
-        wgmma_wait<2>();
-        make_p(masked);
-      }
+      wgmma_wait<2>();
+      make_p(masked);
       wgmma_wait<1>();
       pin(dq);
-      hand_over_dq(layout, dq, warpgroup, thread);
-      if constexpr (kTile.dq_before_p) make_p(masked);
+      add(row);
       issue_dp_dv();
       pin(dk);
       ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_done), lane == 0);
@@ -150,16 +162,22 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
     }
 
     // ---- what is left of the last step
-    ptx::named_barrier_sync(kDsBarrier, 256);
     issue_dq_dk(q_at);
     wgmma_wait<0>();
     pin(dq);
     pin(dk);
-    hand_over_dq(layout, dq, warpgroup, thread);
+    add(step.row);
+    // The next tile's keys and queries come while dK and dV are stored.
+    ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
+    ptx::mbarrier_arrive_if(layout.k_ring().empty_barrier(key_at), lane == 0);
+    ptx::mbarrier_arrive_if(layout.v_ring().empty_barrier(key_at), lane == 0);
+    q_at.advance();
+    key_at.advance();
   }
 
   store_gradient<kElement, kHeadDim>(params, work, params.dk, dk, params.scale, first_key, 0, lane);
   store_gradient<kElement, kHeadDim>(params, work, params.dv, dv, 1.f, first_key, 0, lane);
+  }
 }
 
 }  // namespace fa4

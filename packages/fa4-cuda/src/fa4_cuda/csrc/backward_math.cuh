@@ -152,45 +152,42 @@ __device__ __forceinline__ void issue_from_panel(float (&x)[kColumns / 2], uint6
   }
 }
 
-// Hands a panel of dQ to the warp that takes it away.
-template <class Layout>
-__device__ __forceinline__ void hand_over_dq(const Layout& layout, const float (&dq)[32],
-                                             int warpgroup, int thread) {
-  const uint32_t panel = layout.dq + warpgroup * BackwardTile::kDqPanelBytes;
-  ptx::named_barrier_sync(kDqEmptyBarrier + warpgroup, kDqThreads);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    ptx::store_shared(panel + (i * 128 + thread) * 16,
-                      {__float_as_int(dq[4 * i]), __float_as_int(dq[4 * i + 1]),
-                       __float_as_int(dq[4 * i + 2]), __float_as_int(dq[4 * i + 3])});
-  }
-  ptx::fence_proxy_async();
-  ptx::named_barrier_arrive(kDqFullBarrier + warpgroup, kDqThreads);
-}
-
-// Adds a panel of dQ to its sums, in its turn if there are turns.
+// Adds a panel of dQ to its sums, of which `columns` exist: some of it from here, some by the warp
+// that takes it away, all of it if there are turns.
 template <int kTileIndex>
-__device__ __forceinline__ void add_dq(const BackwardParams& params, const BackwardWork& work,
-                                       const float (&dq)[32], int64_t row, int block, int panel,
+__device__ __forceinline__ void add_dq(const BackwardParams& params,
+                                       const BackwardLayout<kTileIndex>& layout,
+                                       const float (&dq)[32], int64_t row, int panel, int columns,
                                        int warpgroup, int thread) {
   static constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
-  float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel) + thread * 4;
-  const auto add = [&] {
+  const auto stage = [&]<int kBegin, int kEnd>() {
+    ptx::named_barrier_sync(kDqEmptyBarrier + warpgroup, kDqThreads);
+    const uint32_t place =
+        layout.dq + warpgroup * kTile.dq_staged * kTile.kDqChunkBytes + thread * 16;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      ptx::reduce_add(sums + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    for (int i = kBegin; i < kEnd; ++i) {
+      ptx::store_shared(place + (i - kBegin) * kTile.kDqChunkBytes,
+                        {__float_as_int(dq[4 * i]), __float_as_int(dq[4 * i + 1]),
+                         __float_as_int(dq[4 * i + 2]), __float_as_int(dq[4 * i + 3])});
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_arrive(kDqFullBarrier + warpgroup, kDqThreads);
   };
-  if (params.turns == nullptr) {
-    add();
+  if (kTile.dq_direct > 0 && params.turns != nullptr) {
+    stage.template operator()<0, kTile.dq_staged>();
+    if constexpr (kTile.dq_staged < kTile.kDqChunks)
+      stage.template operator()<kTile.dq_staged, kTile.kDqChunks>();
     return;
   }
-  int* turns = turns_of<kTileIndex>(params, row, panel);
-  if (thread == 0) wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, block));
-  ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);
-  add();
-  __threadfence();
-  ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);
-  if (thread == 0) ptx::add_release(turns, 1);
+  stage.template operator()<kTile.dq_direct, kTile.kDqChunks>();
+  if constexpr (kTile.dq_direct > 0) {
+    float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel) + thread * 4;
+#pragma unroll
+    for (int i = 0; i < kTile.dq_direct; ++i) {
+      if (8 * i < columns)
+        ptx::reduce_add(sums + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+  }
 }
 
 // dK or dV of a warp group's rows: rounded, 16 bytes a lane. `first_column` of the tensor is the

@@ -29,6 +29,8 @@ struct BackwardParams {
   int n_blocks;      // of the longest sequence
   int section;       // key heads whose blocks of keys are worked on side by side
   int last_block_first;
+  int tiles;       // blocks of keys of all key heads of all sequences
+  int* next_tile;  // drawn so far, beyond the first of each thread block; null: they are dealt out
 };
 
 }  // namespace fa4

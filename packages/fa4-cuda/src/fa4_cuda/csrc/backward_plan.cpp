@@ -45,33 +45,36 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
   BackwardWorkspace workspace;
   workspace.negative_lse = aligned(rows * tile.head_dim * 4);
   workspace.delta = workspace.negative_lse + aligned(rows * 4);
-  workspace.turns = workspace.delta + aligned(rows * 4);
+  workspace.next_tile = workspace.delta + aligned(rows * 4);
+  workspace.turns = workspace.next_tile + aligned(4);
   workspace.bytes =
       workspace.turns + (plan.deterministic ? aligned(rows / 64 * tile.panels() * 4) : 0);
   return workspace;
 }
 
-fa4_backward_plan plan_backward(const fa4_backward_args& args) {
+fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocessors) {
   const Window window = window_of(args);
   fa4_backward_plan plan{};
   plan.tile =
       choose_tile(args.head_dim, window.mask == Mask::kWindow ? Mask::kWindow : Mask::kCausal);
   plan.deterministic = args.deterministic != 0;
-  plan.grid = static_cast<int32_t>(ceil_div(args.seq_k, kBackwardTiles[plan.tile].block_n) *
-                                   args.heads_k * args.batch);
+  const int64_t tiles =
+      ceil_div(args.seq_k, kBackwardTiles[plan.tile].block_n) * args.heads_k * args.batch;
+  plan.grid = static_cast<int32_t>(std::min<int64_t>(tiles, multiprocessors));
   plan.workspace_bytes = lay_out_workspace(args, plan).bytes;
   return plan;
 }
 
 }  // namespace fa4
 
-extern "C" int fa4_plan_backward(const fa4_backward_args* args, int, fa4_backward_plan* plan) {
+extern "C" int fa4_plan_backward(const fa4_backward_args* args, int multiprocessors,
+                                 fa4_backward_plan* plan) {
   const int status = fa4::check_backward(*args);
   if (status != FA4_OK) return status;
   // Packed sequences are launched as if all were as long as the longest.
   const int64_t blocks = fa4::ceil_div(std::max(args->seq_q, args->seq_k), 64);
   if (blocks * args->heads_q * args->batch > std::numeric_limits<int32_t>::max())
     return FA4_UNSUPPORTED_SIZE;
-  *plan = fa4::plan_backward(*args);
+  *plan = fa4::plan_backward(*args, multiprocessors);
   return FA4_OK;
 }

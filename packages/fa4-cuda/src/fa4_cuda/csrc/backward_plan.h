@@ -8,7 +8,7 @@ namespace fa4 {
 
 // Where the parts of the workspace begin, in bytes; sums of dQ come first.
 struct BackwardWorkspace {
-  int64_t negative_lse, delta, turns, bytes;
+  int64_t negative_lse, delta, next_tile, turns, bytes;
 };
 
 // Rows that the workspace holds of a head of every sequence; of all sequences if they are packed.
@@ -16,6 +16,6 @@ int64_t workspace_rows(const fa4_backward_args& args);
 BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_backward_plan& plan);
 
 // Expects checked arguments.
-fa4_backward_plan plan_backward(const fa4_backward_args& args);
+fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocessors);
 
 }  // namespace fa4

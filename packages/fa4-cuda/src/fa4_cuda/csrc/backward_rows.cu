@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   constexpr int kRowsAtOnce = kThreads / kLanes;
   const RowUnit unit(params);
+  if (params.next_tile != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *params.next_tile = 0;
   if (!unit.exists()) return;
 
   auto* sums = reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));

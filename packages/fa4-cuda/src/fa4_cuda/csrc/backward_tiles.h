@@ -5,8 +5,7 @@
 //   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ = dS K
 // What bounds a tile, per multiprocessor:
 //   shared memory  227 KB, for K, V, the stages of Q and dO, and what the two consumer warp groups
-//                  exchange: dS, and P where they share columns; 32 KB for dQ on its way out,
-//                  where there is room for it
+//                  exchange: dS, and P where they share columns, and dQ on its way out
 //   registers      240 a thread. dK and dV take D each where the warp groups share keys, half of
 //                  it where they share columns; S^T, dP^T and dQ block_m / 2 or 32 each
 // None of this changes what is computed, only how fast. Measurements are in the lab notebook,
@@ -34,8 +33,11 @@ struct BackwardTile {
   int block_n;
   int q_stages;
   int do_stages;  // of dO
-  // dQ of a step leaves its registers before P of the next is made, not after.
-  bool dq_before_p;
+  // Of the eight chunks of a panel of dQ, how many are added to their sums from registers; the rest
+  // is handed to the copy engine. One way alone is the bottleneck of a step, each in its own unit.
+  int dq_direct;
+  // Chunks that there is shared memory for. Where the order of additions matters all go that way.
+  int dq_staged;
 
   static constexpr int kWarpgroups = 2;
   constexpr int threads() const { return 128 * (kWarpgroups + 1); }
@@ -48,11 +50,10 @@ struct BackwardTile {
   constexpr int score_bytes() const { return block_m * block_n * kElementBytes; }
   // Two of dS, or one of dS and one of P.
   constexpr int exchange_bytes() const { return 2 * score_bytes(); }
-  // A panel of dQ of each warp group, on its way to its sums through the copy engine. Wide heads
-  // leave no room for it; their warp groups add from registers.
-  static constexpr int kDqPanelBytes = 64 * kPanelColumns * 4;
-  constexpr bool copies_dq() const { return split == Split::kKeys; }
-  constexpr int dq_bytes() const { return copies_dq() ? kWarpgroups * kDqPanelBytes : 0; }
+  static constexpr int kDqChunkBytes = 128 * 16;  // what a warp group adds at once: 64 rows, 8 columns
+  static constexpr int kDqChunks = kPanelColumns / 8;
+  // Room for each warp group's chunks on their way out through the copy engine.
+  constexpr int dq_bytes() const { return kWarpgroups * dq_staged * kDqChunkBytes; }
   constexpr int row_bytes() const { return (q_stages + do_stages) * block_m * 4; }
   // 1024: alignment of swizzled tiles; 256: barriers.
   constexpr int shared_bytes() const {
@@ -60,8 +61,8 @@ struct BackwardTile {
            dq_bytes() + row_bytes() + 256;
   }
   // setmaxnreg: 168 a thread at launch is what there is to share out.
-  constexpr int producer_registers() const { return split == Split::kKeys ? 24 : 40; }
-  constexpr int consumer_registers() const { return split == Split::kKeys ? 240 : 232; }
+  constexpr int producer_registers() const { return head_dim == 128 ? 24 : 40; }
+  constexpr int consumer_registers() const { return head_dim == 128 ? 240 : 232; }
 };
 
 // Rows of a sequence that workspaces hold: a multiple of every block_m.
@@ -72,25 +73,25 @@ inline constexpr BackwardTile kBackwardTiles[] = {
     // head_dim 64: S and dP of 128 queries fit beside dK and dV, and the operands that are read
     // from shared memory serve twice as many products as with 64.
     {.head_dim = 64, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 128, .block_n = 128,
-     .q_stages = 3, .do_stages = 2, .dq_before_p = true},
+     .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 64, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 128, .block_n = 128,
-     .q_stages = 3, .do_stages = 2, .dq_before_p = true},
+     .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 96, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 96, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 128, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 128, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 192, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 192, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_before_p = false},
+     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 256, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_before_p = false},
+     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_direct = 4, .dq_staged = 4},
     {.head_dim = 256, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_before_p = false},
+     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_direct = 4, .dq_staged = 4},
 };
 // clang-format on
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);

@@ -1,4 +1,5 @@
-// What a thread block of the backward works on: a block of keys, and the queries that see them.
+// What a thread block of the backward works on, tile by tile: a block of keys, and the queries that
+// see them.
 #pragma once
 
 #include "backward_params.h"
@@ -31,10 +32,10 @@ struct BackwardWork {
   int seq_q, seq_k;
   int q_start, k_start;
 
-  __device__ __forceinline__ explicit BackwardWork(const BackwardParams& params) {
+  __device__ __forceinline__ BackwardWork(const BackwardParams& params, int tile) {
     const int heads = params.heads_k * params.batch;
-    const int index = blockIdx.x / (params.section * params.n_blocks);
-    const int rest = blockIdx.x - index * params.section * params.n_blocks;
+    const int index = tile / (params.section * params.n_blocks);
+    const int rest = tile - index * params.section * params.n_blocks;
     const int wide = min(params.section, heads - index * params.section);
     const int block = rest / wide;
     const int head = index * params.section + rest - block * wide;

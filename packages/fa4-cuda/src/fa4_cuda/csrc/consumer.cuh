@@ -124,11 +124,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params,
       ptx::fence_proxy_async();
       ptx::named_barrier_sync(kSlabBarrier + warpgroup, 128);
     }
-    if constexpr (kTile.q_in_registers) {
-      load_a_fragments<kHeadDim>(q_registers, slab, warp, lane);
-      __syncwarp();
-      ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
-    }
+    if constexpr (kTile.q_in_registers) load_a_fragments<kHeadDim>(q_registers, slab, warp, lane);
+  };
+  // After the first product with Q in registers: only a use waits until it has come there. Letting
+  // go of its room before would let the next Q overtake the reads, and did where the producer
+  // already waited for the room, behind a tile of one block.
+  const auto free_loaded_q = [&](bool loaded) {
+    if constexpr (kTile.q_in_registers)
+      ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0 && loaded);
   };
   // K of the first block that matters, past those that do not.
   const auto wait_first_k = [&](int skip) {
@@ -150,6 +153,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params,
   wait_first_k(blocks.skip_first);
   wgmma_fence();
   issue_scores();
+  free_loaded_q(true);
 
 #pragma unroll 1
   while (true) {
@@ -279,6 +283,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params,
     }
     wgmma_fence();
     issue_scores();  // after the last tile this multiplies what happens to lie there, for nobody
+    free_loaded_q(more);
     wgmma_wait<1>();
     pin(o);
     if (!skips_last) free_v();
