@@ -7,6 +7,7 @@
 #include "backward_pipeline.cuh"
 #include "epilogue.cuh"
 #include "mask.cuh"
+#include "nan_watch.cuh"
 
 namespace fa4 {
 
@@ -179,12 +180,13 @@ __device__ __forceinline__ void pass_turn(int* turns, int thread, int barrier) {
 }
 
 // dK or dV of a warp group's rows: rounded, 16 bytes a lane. `first_column` of the tensor is the
-// first of x.
+// first of x. Whether there is a NaN among them is noted for those who come after.
 template <Element kElement, int kColumns>
 __device__ __forceinline__ void store_gradient(const BackwardParams& params,
                                                const BackwardWork& work, const TensorView& tensor,
                                                const float (&x)[kColumns / 2], float scale,
                                                int first_key, int first_column, int lane) {
+  NanWatch<kElement> watch;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + 8 * r;
@@ -198,6 +200,7 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& params,
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (4 * g + i) + 2 * r;
         quad[i] = ptx::pack<kElement>(x[at] * scale, x[at + 1] * scale);
+        watch.see(quad[i]);
       }
       transpose_quad(quad, lane);
       const int column = first_column + 32 * g + 8 * (lane & 3);
@@ -205,6 +208,7 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& params,
         *reinterpret_cast<uint4*>(row + column) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
     }
   }
+  if (watch.found()) *params.nan_keys = 1;
 }
 
 }  // namespace fa4
