@@ -26,6 +26,8 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
       produce_backward<Supply::kQueries>(params, work, layout);
     } else if (threadIdx.x == 32) {
       produce_backward<Supply::kGradients>(params, work, layout);
+    } else if (kTile.copies_dq() && threadIdx.x >= 64) {
+      take_dq_away<kTileIndex>(params, work, layout, (threadIdx.x >> 5) - 2);
     }
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();

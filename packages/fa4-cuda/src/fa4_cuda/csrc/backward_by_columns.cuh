@@ -59,18 +59,6 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
         ptx::named_barrier_sync(kOwnBarrier + kWarpgroup, 128);
       }
     };
-    const auto add = [&](int panel, int64_t row, int block) {
-      float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel);
-      if (params.turns == nullptr) {
-        add_dq(sums, dq, 64, thread);
-      } else {
-        int* turns = params.turns + row / 64 * kPanels + panel;
-        wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, block), thread,
-                  kOwnBarrier + kWarpgroup);
-        add_dq(sums, dq, 64, thread);
-        pass_turn(turns, thread, kOwnBarrier + kWarpgroup);
-      }
-    };
     const auto issue_dq_panel = [&](int panel) {
       issue_dq<kElement, kN>(dq, fresh_descriptor(ds_panel, 16),
                              own_columns(layout.k, kN, panel));
@@ -135,10 +123,13 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
       wgmma_commit();
     };
     // The first panel of dQ; the second takes its place.
+    const auto add_panel = [&](int panel, int64_t row, int block) {
+      add_dq<kTileIndex>(params, work, dq, row, block, kFirstPanel + panel, kWarpgroup, thread);
+    };
     const auto add_first = [&](int64_t row, int block) {
       wgmma_wait<1>();
       pin(dq);
-      add(kFirstPanel, row, block);
+      add_panel(0, row, block);
       if constexpr (kOwnPanels > 1) {
         wgmma_fence();
         issue_dq_panel(1);
@@ -147,7 +138,7 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
     const auto add_second = [&](int64_t row, int block) {
       pin(dq);
       pin(dk);
-      if constexpr (kOwnPanels > 1) add(kFirstPanel + 1, row, block);
+      if constexpr (kOwnPanels > 1) add_panel(1, row, block);
     };
 
     // ---- the first step, to dS

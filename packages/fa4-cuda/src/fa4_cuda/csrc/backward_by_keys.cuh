@@ -17,7 +17,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
   using Layout = BackwardLayout<kTileIndex>;
   static constexpr BackwardTile kTile = Layout::kTile;
   constexpr int kHeadDim = kTile.head_dim, kM = kTile.block_m, kN = kTile.block_n;
-  constexpr bool kSplitsRows = kTile.panels() == 1;
+  constexpr bool kSplitsRows = kTile.splits_rows();
   static_assert(kN == 128 && (kSplitsRows ? kM == 128 : kM == 64 && kTile.panels() == 2));
 
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
@@ -62,23 +62,6 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
         ptx::named_barrier_sync(kClearedBarrier, 256);
       }
     };
-    // dQ of a finished step, in registers, to its sums.
-    const int columns = kSplitsRows ? 64 : min(64, kHeadDim - 64 * warpgroup);
-    const auto add = [&](int64_t row, int block) {
-      if constexpr (kSplitsRows) row += 64 * warpgroup;
-      float* sums =
-          params.dq_sums + dq_panel(row, kHeadDim, kSplitsRows ? 0 : warpgroup);
-      if (params.turns == nullptr) {
-        add_dq(sums, dq, columns, thread);
-      } else {
-        int* turns = params.turns + row / 64 * kTile.panels() + (kSplitsRows ? 0 : warpgroup);
-        wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, block), thread,
-                  kOwnBarrier + warpgroup);
-        add_dq(sums, dq, columns, thread);
-        pass_turn(turns, thread, kOwnBarrier + warpgroup);
-      }
-    };
-
     const auto issue_s = [&] {
       q_ring.wait_full(q_at);
       clear_tail(q_tile(q_at), step.block);
@@ -144,8 +127,6 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
     // ---- steps: what is left of one, and the next to its dS
 #pragma unroll 1
     while (step.left > 1) {
-      const int64_t row = step.row;
-      const int block = step.block;
       const auto q_done = q_at;
       step.advance(params, blocks);
       q_at.advance();
@@ -160,7 +141,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
       }
       wgmma_wait<1>();
       pin(dq);
-      add(row, block);
+      hand_over_dq(layout, dq, warpgroup, thread);
       if constexpr (kTile.dq_before_p) make_p(masked);
       issue_dp_dv();
       pin(dk);
@@ -174,7 +155,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params, co
     wgmma_wait<0>();
     pin(dq);
     pin(dk);
-    add(step.row, step.block);
+    hand_over_dq(layout, dq, warpgroup, thread);
   }
 
   store_gradient<kElement, kHeadDim>(params, work, params.dk, dk, params.scale, first_key, 0, lane);

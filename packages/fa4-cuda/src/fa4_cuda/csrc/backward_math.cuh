@@ -153,29 +153,44 @@ __device__ __forceinline__ void issue_from_panel(float (&x)[kColumns / 2], uint6
   }
 }
 
-// Adds this warp group's panel of dQ to the sums. `columns` of it exist.
-__device__ __forceinline__ void add_dq(float* sums, const float (&dq)[32], int columns,
-                                       int thread) {
+// Hands a panel of dQ to the warp that takes it away.
+template <class Layout>
+__device__ __forceinline__ void hand_over_dq(const Layout& layout, const float (&dq)[32],
+                                             int warpgroup, int thread) {
+  const uint32_t panel = layout.dq + warpgroup * BackwardTile::kDqPanelBytes;
+  ptx::named_barrier_sync(kDqEmptyBarrier + warpgroup, kDqThreads);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (8 * i < columns)
-      ptx::reduce_add(sums + (i * 128 + thread) * 4, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
-                      dq[4 * i + 3]);
+    ptx::store_shared(panel + (i * 128 + thread) * 16,
+                      {__float_as_int(dq[4 * i]), __float_as_int(dq[4 * i + 1]),
+                       __float_as_int(dq[4 * i + 2]), __float_as_int(dq[4 * i + 3])});
   }
+  ptx::fence_proxy_async();
+  ptx::named_barrier_arrive(kDqFullBarrier + warpgroup, kDqThreads);
 }
 
-// Waits for this thread block's turn to add to a panel, and hands it on.
-__device__ __forceinline__ void wait_turn(const int* turns, int turn, int thread, int barrier) {
-  if (thread == 0) {
-    while (ptx::load_acquire(turns) != turn) {
-    }
+// Adds a panel of dQ to its sums, in its turn if there are turns.
+template <int kTileIndex>
+__device__ __forceinline__ void add_dq(const BackwardParams& params, const BackwardWork& work,
+                                       const float (&dq)[32], int64_t row, int block, int panel,
+                                       int warpgroup, int thread) {
+  static constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
+  float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel) + thread * 4;
+  const auto add = [&] {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      ptx::reduce_add(sums + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+  };
+  if (params.turns == nullptr) {
+    add();
+    return;
   }
-  ptx::named_barrier_sync(barrier, 128);
-}
-
-__device__ __forceinline__ void pass_turn(int* turns, int thread, int barrier) {
+  int* turns = turns_of<kTileIndex>(params, row, panel);
+  if (thread == 0) wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, block));
+  ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);
+  add();
   __threadfence();
-  ptx::named_barrier_sync(barrier, 128);
+  ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);
   if (thread == 0) ptx::add_release(turns, 1);
 }
 

@@ -15,7 +15,7 @@ struct BackwardLayout {
   using DoRing = Ring<kTile.do_stages>;
   using OnceRing = Ring<1>;
 
-  uint32_t k, v, q, grad_out, exchange, negative_lse, delta, barriers;
+  uint32_t k, v, q, grad_out, exchange, dq, negative_lse, delta, barriers;
 
   __device__ __forceinline__ explicit BackwardLayout(uint32_t dynamic_shared) {
     k = (dynamic_shared + 1023) & ~1023u;
@@ -23,7 +23,8 @@ struct BackwardLayout {
     q = v + kTile.kv_bytes();
     grad_out = q + kTile.q_stages * kTile.q_bytes();
     exchange = grad_out + kTile.do_stages * kTile.q_bytes();
-    negative_lse = exchange + kTile.exchange_bytes();
+    dq = exchange + kTile.exchange_bytes();
+    negative_lse = dq + kTile.dq_bytes();
     delta = negative_lse + kTile.q_stages * kRowBytes;
     barriers = delta + kTile.do_stages * kRowBytes;
   }
@@ -58,6 +59,9 @@ constexpr int kScoresBarrier = 1;   // P is in shared memory
 constexpr int kDsBarrier = 2;       // dS is in shared memory
 constexpr int kClearedBarrier = 3;  // rows of others are zero
 constexpr int kOwnBarrier = 4;      // + warp group: its own threads
+constexpr int kDqFullBarrier = 6;   // + warp group: a panel of its dQ is in shared memory
+constexpr int kDqEmptyBarrier = 8;  // + warp group: and may be overwritten
+constexpr int kDqThreads = 128 + 32;  // a warp group and the warp that takes its dQ away
 
 // What one thread keeps coming: K and then Q and lse, or V and then dO and delta.
 enum class Supply { kQueries, kGradients };
@@ -106,6 +110,54 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
                    (kQueries ? params.negative_lse : params.delta) + step.row, Layout::kRowBytes, full);
     at.advance();
   }
+}
+
+// Of a panel of dQ: how many thread blocks have added to it.
+template <int kTileIndex>
+__device__ __forceinline__ int* turns_of(const BackwardParams& params, int64_t row, int panel) {
+  return params.turns + row / 64 * kBackwardTiles[kTileIndex].panels() + panel;
+}
+
+__device__ __forceinline__ void wait_turn(const int* turns, int turn) {
+  while (ptx::load_acquire(turns) != turn) {
+  }
+}
+
+// A warp that takes away one warp group's panels of dQ, one of every step, by adding them to their
+// sums. Through the copy engine: a warp group that adds by itself waits until its requests are on
+// their way, a third of the time at head_dim 128.
+template <int kTileIndex>
+__device__ __forceinline__ void take_dq_away(const BackwardParams& params, const BackwardWork& work,
+                                             const BackwardLayout<kTileIndex>& layout,
+                                             int warpgroup) {
+  static constexpr BackwardTile kTile = BackwardLayout<kTileIndex>::kTile;
+  const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params, work);
+  QuerySteps<kBackwardTiles[kTileIndex]> step(params, work, blocks);
+  const uint32_t source = layout.dq + warpgroup * kTile.kDqPanelBytes;
+  const int panel = kTile.splits_rows() ? 0 : warpgroup;
+  const uint32_t bytes = min(kPanelColumns, kTile.head_dim - panel * kPanelColumns) * 64 * 4;
+  const bool elected = (threadIdx.x & 31) == 0;
+#pragma unroll 1
+  for (; step.left > 0; step.advance(params, blocks)) {
+    ptx::named_barrier_arrive(kDqEmptyBarrier + warpgroup, kDqThreads);
+    ptx::named_barrier_sync(kDqFullBarrier + warpgroup, kDqThreads);
+    if (elected) {
+      const int64_t row = step.row + (kTile.splits_rows() ? 64 * warpgroup : 0);
+      float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel);
+      if (params.turns == nullptr) {
+        ptx::bulk_reduce_add(sums, source, bytes);
+        ptx::bulk_wait_read();
+      } else {
+        int* turns = turns_of<kTileIndex>(params, row, panel);
+        wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, step.block));
+        ptx::bulk_reduce_add(sums, source, bytes);
+        ptx::bulk_wait();
+        ptx::add_release(turns, 1);
+      }
+    }
+    __syncwarp();
+  }
+  if (elected) ptx::bulk_wait();
 }
 
 }  // namespace fa4

@@ -5,7 +5,8 @@
 //   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ = dS K
 // What bounds a tile, per multiprocessor:
 //   shared memory  227 KB, for K, V, the stages of Q and dO, and what the two consumer warp groups
-//                  exchange: dS, and P where they share columns
+//                  exchange: dS, and P where they share columns; 32 KB for dQ on its way out,
+//                  where there is room for it
 //   registers      240 a thread. dK and dV take D each where the warp groups share keys, half of
 //                  it where they share columns; S^T, dP^T and dQ block_m / 2 or 32 each
 // None of this changes what is computed, only how fast. Measurements are in the lab notebook,
@@ -40,19 +41,27 @@ struct BackwardTile {
   constexpr int threads() const { return 128 * (kWarpgroups + 1); }
   constexpr int panels() const { return (head_dim + kPanelColumns - 1) / kPanelColumns; }
   constexpr int columns() const { return panels() * kPanelColumns; }
+  // Warp groups that share keys divide dQ: its rows if one panel holds all columns, else the panels.
+  constexpr bool splits_rows() const { return panels() == 1; }
   constexpr int kv_bytes() const { return block_n * columns() * kElementBytes; }
   constexpr int q_bytes() const { return block_m * columns() * kElementBytes; }
   constexpr int score_bytes() const { return block_m * block_n * kElementBytes; }
   // Two of dS, or one of dS and one of P.
   constexpr int exchange_bytes() const { return 2 * score_bytes(); }
+  // A panel of dQ of each warp group, on its way to its sums through the copy engine. Wide heads
+  // leave no room for it; their warp groups add from registers.
+  static constexpr int kDqPanelBytes = 64 * kPanelColumns * 4;
+  constexpr bool copies_dq() const { return split == Split::kKeys; }
+  constexpr int dq_bytes() const { return copies_dq() ? kWarpgroups * kDqPanelBytes : 0; }
   constexpr int row_bytes() const { return (q_stages + do_stages) * block_m * 4; }
   // 1024: alignment of swizzled tiles; 256: barriers.
   constexpr int shared_bytes() const {
     return 1024 + 2 * kv_bytes() + (q_stages + do_stages) * q_bytes() + exchange_bytes() +
-           row_bytes() + 256;
+           dq_bytes() + row_bytes() + 256;
   }
-  constexpr int producer_registers() const { return 24; }
-  constexpr int consumer_registers() const { return 240; }
+  // setmaxnreg: 168 a thread at launch is what there is to share out.
+  constexpr int producer_registers() const { return split == Split::kKeys ? 24 : 40; }
+  constexpr int consumer_registers() const { return split == Split::kKeys ? 240 : 232; }
 };
 
 // Rows of a sequence that workspaces hold: a multiple of every block_m.
@@ -67,13 +76,13 @@ inline constexpr BackwardTile kBackwardTiles[] = {
     {.head_dim = 64, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 128, .block_n = 128,
      .q_stages = 3, .do_stages = 2, .dq_before_p = true},
     {.head_dim = 96, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
     {.head_dim = 96, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
     {.head_dim = 128, .mask = Mask::kCausal, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
     {.head_dim = 128, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
-     .q_stages = 4, .do_stages = 2, .dq_before_p = false},
+     .q_stages = 3, .do_stages = 2, .dq_before_p = false},
     {.head_dim = 192, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
      .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_before_p = false},
     {.head_dim = 192, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,

@@ -166,6 +166,27 @@ __device__ __forceinline__ void reduce_add(float* address, float a, float b, flo
                : "memory");
 }
 
+// Adds `bytes` in a row, a multiple of 16, of floats in shared memory to those in global memory.
+__device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source,
+                                                uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, "
+      "%3;" ::"l"(destination),
+      "r"(source), "r"(bytes), "l"(kEvictLast)
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until what was committed has been read from shared memory.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Until it has been added.
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 __device__ __forceinline__ int load_acquire(const int* address) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
