@@ -584,18 +584,22 @@ def test_a_backward_runs_on_the_device_of_its_tensors(native: None) -> None:
 
 
 @BACKENDS
-def test_a_compiled_step_is_served(native: None, backend: SDPBackend | None, op: str) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_compiled_step_is_served(
+    native: None, backend: SDPBackend | None, op: str, deterministic: bool
+) -> None:
     def step(*tensors: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in tensors))
         return out.sin()
 
     tensors = leaves(heads_kv=8)
     torch._dynamo.reset()
-    grad_out = randn(*tensors[0].transpose(1, 2).shape)
-    with asking_for_determinism():  # a compiled backward insists on what the forward was told
+    # Around both: a compiled backward insists on what its forward was told.
+    with asking_for_determinism() if deterministic else nullcontext():
         with nullcontext() if backend is None else sdpa_kernel(backend):
             found = torch.compile(step, fullgraph=True)(*tensors)
             expected = step(*tensors)
+        grad_out = randn(*found.shape)
         grads = torch.autograd.grad(found, tensors, grad_out)
         assert_alike(grads, torch.autograd.grad(expected, tensors, grad_out))
     assert dispatch_counts()[f"{op}_backward"].served == 2

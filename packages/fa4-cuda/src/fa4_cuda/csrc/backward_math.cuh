@@ -58,6 +58,7 @@ __device__ __forceinline__ void probabilities(uint32_t (&p)[kBlockM / 4],
                               ptx::exp2(fmaf(s[4 * j + 2 * r + 1], scale_log2, l.y)));
     }
   }
+  __syncwarp();  // all lanes have read, before one of them lets go of the stage
 }
 
 // dS^T = P^T * (dP^T - delta), rounded: the A operand of dS^T Q.
@@ -76,6 +77,7 @@ __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kBlockM / 4],
                                           weights.y * (dp[4 * j + 2 * r + 1] - d.y));
     }
   }
+  __syncwarp();  // as above
 }
 
 // 64 rows of a warp group into panels [kPanelRows, 64] from first_row on: both swizzled and as
