@@ -66,6 +66,20 @@ fa4_backward_plan plan_backward(const fa4_backward_args& args) {
 
 }  // namespace fa4
 
+extern "C" int fa4_plan_backward(const fa4_backward_args* args, int, fa4_backward_plan* plan) {
+  const int status = fa4::check_backward(*args);
+  if (status != FA4_OK) return status;
+  // Packed sequences are launched as if all were as long as the longest; rows of queries in units
+  // of 64, as many as the workspace holds.
+  const int64_t blocks =
+      std::max(fa4::ceil_div(args->seq_q, fa4::kRowAlignment) * (fa4::kRowAlignment / 64),
+               fa4::ceil_div(args->seq_k, 64));
+  if (blocks * args->heads_q * args->batch > std::numeric_limits<int32_t>::max())
+    return FA4_UNSUPPORTED_SIZE;
+  *plan = fa4::plan_backward(*args);
+  return FA4_OK;
+}
+
 extern "C" int fa4_backward_tile_at(int tile, fa4_backward_tile* result) {
   if (tile < 0 || tile >= fa4::kBackwardTileCount) return FA4_INVALID_ARGUMENT;
   const fa4::BackwardTile& row = fa4::kBackwardTiles[tile];
@@ -78,19 +92,5 @@ extern "C" int fa4_backward_tile_at(int tile, fa4_backward_tile* result) {
              row.do_stages,
              row.dq_before_p,
              row.shared_bytes()};
-  return FA4_OK;
-}
-
-extern "C" int fa4_plan_backward(const fa4_backward_args* args, int, fa4_backward_plan* plan) {
-  const int status = fa4::check_backward(*args);
-  if (status != FA4_OK) return status;
-  // Packed sequences are launched as if all were as long as the longest; rows of queries in units
-  // of 64, as many as the workspace holds.
-  const int64_t blocks =
-      std::max(fa4::ceil_div(args->seq_q, fa4::kRowAlignment) * (fa4::kRowAlignment / 64),
-               fa4::ceil_div(args->seq_k, 64));
-  if (blocks * args->heads_q * args->batch > std::numeric_limits<int32_t>::max())
-    return FA4_UNSUPPORTED_SIZE;
-  *plan = fa4::plan_backward(*args);
   return FA4_OK;
 }
