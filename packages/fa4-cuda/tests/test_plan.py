@@ -115,6 +115,14 @@ def test_sections_hold_the_keys_that_fit_l2(planner) -> None:
     assert planner.plan(causal=1, seq_q=16384)[1].section_keys == 65536
 
 
+def test_of_a_window_only_the_keys_that_are_in_use_need_fit(planner) -> None:
+    # 64k keys of 128 columns fit: of a window of 1024 and eight tiles, those of 32 heads.
+    call = {"seq_q": 8192, "heads_q": 16, "causal": 1}
+    assert planner.plan(**call)[1].section_keys == 65536
+    assert planner.plan(**call, window_left=1023)[1].section_keys == 16 * 8192
+    assert planner.plan(**call, window_left=8000)[1].section_keys == 65536
+
+
 def test_sections_of_very_many_shared_heads_do_not_overflow(planner) -> None:
     plan = planner.plan(causal=1, heads_q=2**14, heads_k=1, head_dim=8, seq_q=2**18)[1]
     assert plan.section_keys == 2**31 - 1

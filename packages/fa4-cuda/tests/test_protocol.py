@@ -1,5 +1,7 @@
 """The barriers of the forward kernel, as a model: nobody waits for someone who waits for him.
 
+And nobody multiplies a block that is not yet there, or that the next one has already replaced.
+
 The producer and the consumer warp groups of one thread block are coroutines over the barriers of
 pipeline.cuh, in the order in which producer.cuh and consumer.cuh use them. They yield while they
 wait and are resumed in random order. A run that gets stuck is a deadlock on the GPU, where it would
@@ -70,6 +72,7 @@ class Ring:
         self.stages = stages
         self.full = [Barrier(1) for _ in range(stages)]
         self.empty = [Barrier(readers) for _ in range(stages)]
+        self.holds: list[object] = [None] * stages
 
 
 class Position:
@@ -93,10 +96,15 @@ class Position:
         self.ring.empty[self.stage].arrive()
         self.count += 1
 
-    def load(self) -> Steps:
+    def load(self, what: object) -> Steps:
         yield from self.ring.empty[self.stage].wait(self.phase ^ 1)
+        self.ring.holds[self.stage] = what
+        yield
         self.ring.full[self.stage].arrive()
         self.count += 1
+
+    def is_read(self, what: object) -> None:
+        assert self.ring.holds[self.stage] == what
 
 
 @dataclass(frozen=True)
@@ -171,21 +179,21 @@ class ThreadBlock:
     def producer(self) -> Steps:
         k, v, work = Position(self.k), Position(self.v), Position(self.work)
         q = [Position(ring) for ring in self.q]
-        for tile in [*self.tiles, None]:
+        for number, tile in enumerate([*self.tiles, None]):
             self.published.append(tile)
-            yield from work.load()
+            yield from work.load(number)
             if tile is None:
                 return
             if self.shape.q_stages == 1:
-                yield from k.load()
+                yield from k.load((number, tile.end - 1))
             for slab in q:
-                yield from slab.load()
+                yield from slab.load(number)
             if self.shape.q_stages != 1:
-                yield from k.load()
-            for _ in range(tile.end - 1 - tile.begin):
-                yield from k.load()
-                yield from v.load()
-            yield from v.load()
+                yield from k.load((number, tile.end - 1))
+            for block in reversed(range(tile.begin + 1, tile.end)):
+                yield from k.load((number, block - 1))
+                yield from v.load((number, block))
+            yield from v.load((number, tile.begin))
 
     def consumer(self, group: int) -> Steps:
         k, v, work = Position(self.k), Position(self.v), Position(self.work)
@@ -196,6 +204,7 @@ class ThreadBlock:
             yield from q.wait_full()
             if self.shape.q_in_registers:
                 yield
+                q.is_read(number)
                 q.ring.empty[q.stage].arrive()
 
         def wait_first_k(skip: int) -> Steps:
@@ -204,10 +213,17 @@ class ThreadBlock:
                 k.free()
                 yield from k.wait_full()
 
+        def scores_read(block: int) -> None:
+            k.is_read((number, block))
+            work.is_read(number)
+            if not self.shape.q_in_registers:
+                q.is_read(number)
+
         def free_q_after(block: int) -> None:
             if not self.shape.q_in_registers and block == mine.begin:
                 q.ring.empty[q.stage].arrive()
 
+        number = 0
         if group == self.shape.warpgroups - 1:
             following.arrive()
         yield from work.wait_full()
@@ -219,6 +235,7 @@ class ThreadBlock:
         while True:
             mine = tile.consumers[group]
             yield  # the first scores
+            scores_read(mine.end - 1)
             k.free()
             free_q_after(mine.end - 1)
             for _ in range(mine.skip_first):
@@ -231,10 +248,13 @@ class ThreadBlock:
                 yield from self.turns[group].sync()
                 yield from v.wait_full()
                 following.arrive()
+                v.is_read((number, block + 1))
                 yield  # the scores
+                scores_read(block)
                 k.free()
                 free_q_after(block)
                 yield  # the output
+                v.is_read((number, block + 1))
                 v.free()
             if self.asks_early:
                 work.count += 1
@@ -243,8 +263,10 @@ class ThreadBlock:
             yield from v.wait_full()
             yield from self.turns[group].sync()
             following.arrive()
+            v.is_read((number, mine.begin))
             if mine.skip_last:
                 yield  # the output
+                v.is_read((number, mine.begin))
                 v.free()
                 for _ in range(mine.skip_last):
                     yield from k.wait_full()
@@ -256,6 +278,7 @@ class ThreadBlock:
             q.count += 1
             stored = work.stage
             work.count += 1
+            number += 1
             yield from work.wait_full()
             following_tile = self.published[work.count]
             if following_tile is not None:
@@ -263,7 +286,9 @@ class ThreadBlock:
                 yield from wait_first_k(following_tile.consumers[group].skip_first)
             yield  # the output
             if not mine.skip_last:
+                v.is_read((number - 1, mine.begin))
                 v.free()
+            assert self.work.holds[stored] == number - 1
             self.work.empty[stored].arrive()
             if following_tile is None:
                 return

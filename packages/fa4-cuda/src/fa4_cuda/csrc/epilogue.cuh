@@ -176,15 +176,20 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
   }
 }
 
-// Whether a thread's row r holds a NaN.
-template <Element kElement, int kHeadDim>
-__device__ __forceinline__ bool has_nan(const PackedOutput<kHeadDim>& output, int r) {
-  uint32_t worst = output[r];
+// Whether a thread's part of row r holds a NaN; of both rows: kBothRows.
+constexpr int kBothRows = -1;
+template <Element kElement, int kHeadDim, int r>
+__device__ __forceinline__ bool has_nan(const PackedOutput<kHeadDim>& output) {
+  constexpr int kFirst = r == kBothRows ? 0 : r, kStep = r == kBothRows ? 1 : 2;
+  uint32_t worst[4] = {};  // four chains, so that their latencies overlap
 #pragma unroll
-  for (int g = 1; g < kHeadDim / 8; ++g) worst = ptx::max_nan<kElement>(worst, output[2 * g + r]);
+  for (int i = kFirst; i < kHeadDim / 4; i += kStep)
+    worst[i / kStep % 4] = ptx::max_nan<kElement>(worst[i / kStep % 4], output[i]);
+  const uint32_t all = ptx::max_nan<kElement>(ptx::max_nan<kElement>(worst[0], worst[1]),
+                                              ptx::max_nan<kElement>(worst[2], worst[3]));
   // NaN: exponent all ones and mantissa not zero.
   constexpr uint32_t kInfinity = kElement == Element::kHalf ? 0x7C00 : 0x7F80;
-  return (worst & 0x7FFF) > kInfinity || (worst >> 16 & 0x7FFF) > kInfinity;
+  return (all & 0x7FFF) > kInfinity || (all >> 16 & 0x7FFF) > kInfinity;
 }
 
 // Writes rows with a NaN again.
@@ -201,11 +206,14 @@ __device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, 
                                                    const PackedOutput<kHeadDim>& output,
                                                    const float (&row_max)[2],
                                                    const float (&row_sum)[2]) {
+  if (!__any_sync(~0u, has_nan<kElement, kHeadDim, kBothRows>(output))) return;
+  const bool nan[2] = {has_nan<kElement, kHeadDim, 0>(output),
+                       has_nan<kElement, kHeadDim, 1>(output)};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // A row whose sum is NaN saw a NaN or Inf in Q or K: it stays. A row without keys is zero
     // already.
-    const bool again = rows[r].valid && row_sum[r] > 0.f && has_nan<kElement, kHeadDim>(output, r);
+    const bool again = rows[r].valid && row_sum[r] > 0.f && nan[r];
     uint32_t quads = __ballot_sync(~0u, again);
     __syncwarp();
 #pragma unroll 1

@@ -17,6 +17,7 @@ constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;  // cuTensorMapEncodeTiled
 // sixteen are 9% faster there, 5% at D 128.
 constexpr int64_t kSectionBytes = 32 << 20;
 constexpr int64_t kSectionHeads = 16;
+constexpr int64_t kTilesUnderWay = 8;  // of a head at a time
 
 template <class Args>
 bool tensor_map_takes(const fa4_tensor& tensor, const Args& args, int seq, int heads) {
@@ -194,8 +195,12 @@ fa4_forward_plan plan_forward(const fa4_forward_args& args, int multiprocessors)
                            (args.seq_q <= plan.tile_queries || args.seq_q % plan.tile_queries == 0);
   plan.dynamic = packed || !equal_tiles;
   if (window.mask != Mask::kFull) {
+    // Of a head's keys L2 needs those of the tiles under way: a window bounded on the left moves.
     const int64_t key_bytes = int64_t{2} * args.head_dim * kElementBytes;
-    const int64_t keys = std::min(kSectionBytes / key_bytes, kSectionHeads * args.seq_k);
+    const int64_t reach = int64_t{window.left} + window.right + kTilesUnderWay * tile.block_m();
+    const int64_t needed = std::clamp<int64_t>(reach, 1, std::max(args.seq_k, 1));
+    const int64_t keys =
+        std::min(kSectionBytes / key_bytes * args.seq_k / needed, kSectionHeads * args.seq_k);
     plan.section_keys = static_cast<int32_t>(
         std::min<int64_t>(keys * (group / plan.packed_heads), std::numeric_limits<int32_t>::max()));
   }

@@ -253,4 +253,16 @@ __device__ __forceinline__ uint32_t max_nan(uint32_t a, uint32_t b) {
   return r;
 }
 
+// ---- the order of instructions
+
+// What follows in the program stays behind the computation of both numbers, for ptxas too: a store
+// that is never executed, since nothing is greater than infinity.
+__device__ __forceinline__ void order_after(float a, float b) {
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.gt.f32 never, %0, 0f7F800000;\n"
+      "setp.gt.or.f32 never, %1, 0f7F800000, never;\n@never st.shared.f32 [%2], %0;\n}" ::"f"(a),
+      "f"(b), "r"(0)
+      : "memory");
+}
+
 }  // namespace fa4::ptx

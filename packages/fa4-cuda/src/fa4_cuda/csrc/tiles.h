@@ -64,8 +64,8 @@ inline constexpr ForwardTile kForwardTiles[] = {
      .kv_stages = 4, .ping_pong = true, .rescale_under_qk = false, .q_in_registers = false},
     {.head_dim = 64, .mask = Mask::kCausal, .warpgroups = 3, .block_n = 128, .q_stages = 2,
      .kv_stages = 4, .ping_pong = true, .rescale_under_qk = false, .q_in_registers = false},
-    // Two bounds in registers: 128 keys spill.
-    {.head_dim = 64, .mask = Mask::kWindow, .warpgroups = 3, .block_n = 112, .q_stages = 2,
+    // Blocks of 112 keys, which do not align with 64 rows, are 4 to 7% slower at windows of 1024.
+    {.head_dim = 64, .mask = Mask::kWindow, .warpgroups = 3, .block_n = 128, .q_stages = 2,
      .kv_stages = 4, .ping_pong = true, .rescale_under_qk = false, .q_in_registers = false},
     // head_dim 96: as 128. Three warp groups of 192 x 96 lose a tenth at S = 1024.
     {.head_dim = 96, .mask = Mask::kFull, .warpgroups = 2, .block_n = 128, .q_stages = 1,
