@@ -12,7 +12,7 @@ A buffer knows what is in it: whoever reads says what he expects, and whoever wr
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,10 +171,7 @@ class Shape:
     do_stages: int
     panels: int = 2
     dq_before_p: bool = False
-
-    @property
-    def copies_dq(self) -> bool:
-        return self.split == BY_KEYS
+    dq_pieces: int = 1  # of a panel, through a buffer that holds one
 
 
 @dataclass(frozen=True)
@@ -207,11 +204,16 @@ class Products:
                 buffer.end_read()
 
 
-class ThreadBlock:
-    """One thread block at work on a block of keys; `flaw` names what it does wrong."""
+LAST = -1
 
-    def __init__(self, shape: Shape, block: Block, flaw: str = "") -> None:
-        self.shape, self.block, self.flaw = shape, block, flaw
+
+class ThreadBlock:
+    """One thread block at work on blocks of keys; `flaw` names what it does wrong."""
+
+    def __init__(self, shape: Shape, blocks: list[Block], flaw: str = "") -> None:
+        self.shape, self.blocks, self.flaw = shape, blocks, flaw
+        # Read by the consumers, by who loads dO and by who takes dQ away.
+        self.tiles = Ring("tile", 2, 5)
         self.q = Ring("Q", shape.q_stages, 2)
         self.grad_out = Ring("dO", shape.do_stages, 2)
         self.k, self.v = Ring("K", 1, 2), Ring("V", 1, 2)
@@ -221,7 +223,7 @@ class ThreadBlock:
         self.dq = [Buffer(f"dQ of {g}") for g in range(2)]
         self.scores_ready, self.ds_ready, self.all_cleared = (NamedBarrier() for _ in range(3))
         self.dq_full, self.dq_empty = ([NamedBarrier() for _ in range(2)] for _ in range(2))
-        self.added: list[tuple[int, int]] = []
+        self.added: list[object] = []
         self.actors: dict[str, Steps] = {}
 
     # ---- who loads
@@ -239,64 +241,98 @@ class ThreadBlock:
         at.count += 1
         yield True
 
-    def supply(self, keys: Ring, queries: Ring) -> Steps:
-        if self.block.steps:
-            yield from self._load(Position(keys), "keys")
-        at = Position(queries)
-        for step in range(self.block.steps):
-            yield from self._load(at, step)
+    def _load_tile(self, number: int, keys: Position, queries: Position) -> Steps:
+        steps = self.blocks[number].steps
+        if steps:
+            yield from self._load(keys, number)
+        for step in range(steps):
+            yield from self._load(queries, (number, step))
+
+    def load_queries(self) -> Steps:
+        tile_at, k, q = Position(self.tiles), Position(self.k), Position(self.q)
+        for number in [*range(len(self.blocks)), LAST]:
+            yield from tile_at.wait_empty()
+            tile_at.buffer.write(number)
+            tile_at.fill()
+            tile_at.count += 1
+            if number != LAST:
+                yield from self._load_tile(number, k, q)
+
+    def load_gradients(self) -> Steps:
+        tile_at, v, grad_out = Position(self.tiles), Position(self.v), Position(self.grad_out)
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            yield from self._load_tile(number, v, grad_out)
 
     def take_dq_away(self, group: int) -> Steps:
-        for step in range(self.block.steps):
-            self.dq_empty[group].arrive("taker")
-            yield from self.dq_full[group].sync("taker")
-            source = self.dq[group]
-            source.begin_read(step, set())
-            if self.flaw == "frees dQ before it is read":
-                source.end_read()
-                self.actors[f"late read of dQ {group} {step}"] = self._late_read(group, step)
-                continue
-            yield True
-            source.end_read()
-            self.added.append((group, step))
+        tile_at, source = Position(self.tiles), self.dq[group]
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            for step in range(self.blocks[number].steps):
+                for panel in self._own_panels(group):
+                    for piece in range(self.shape.dq_pieces):
+                        self.dq_empty[group].arrive("taker")
+                        yield from self.dq_full[group].sync("taker")
+                        content = (number, step, panel, piece)
+                        if self.flaw == "lets go of dQ before it is read":
+                            self.actors[f"late {group} {content}"] = self._read_late(group, content)
+                            continue
+                        source.begin_read(content, set())
+                        yield True
+                        source.end_read()
+                        self.added.append((group, content))
 
-    def _late_read(self, group: int, step: int) -> Steps:
+    def _read_late(self, group: int, content: object) -> Steps:
         yield True
-        self.dq[group].begin_read(step, set())
+        self.dq[group].begin_read(content, set())
         self.dq[group].end_read()
-        self.added.append((group, step))
+
+    def _read_tile(self, at: Position) -> Generator[bool, None, int]:
+        yield from at.wait_full()
+        number = at.buffer.content
+        assert isinstance(number, int)
+        at.buffer.begin_read(number, set())
+        yield True
+        at.buffer.end_read()
+        at.free()
+        at.count += 1
+        return number
 
     # ---- what both splits do
 
-    def _tail(self, step: int) -> bool:
-        return self.block.tails[step]
+    def _own_panels(self, group: int) -> range:
+        if self.shape.split == BY_KEYS:
+            return range(1)
+        first = (self.shape.panels + 1) // 2
+        return range(first) if group == 0 else range(first, self.shape.panels)
 
     def _cleared(self, tail: bool, by: set[int]) -> set[int]:
         return by if tail else set()
 
-    def _add_dq(self, group: int, step: int) -> Steps:
-        if not self.shape.copies_dq:
-            self.added.append((group, step))
-            return
-        yield from self.dq_empty[group].sync("owner")
-        self.dq[group].write(step)
-        yield True
-        self.dq_full[group].arrive("owner")
+    def _add_dq(self, group: int, number: int, step: int, panel: int) -> Steps:
+        for piece in range(self.shape.dq_pieces):
+            yield from self.dq_empty[group].sync("owner")
+            self.dq[group].write((number, step, panel, piece))
+            yield True
+            self.dq_full[group].arrive("owner")
+
+    def _end_tile(self, *rings: Position) -> None:
+        for at in rings:
+            at.free()
+            at.count += 1
 
     # ---- backward_by_keys.cuh
 
     def consume_by_keys(self, group: int) -> Steps:
-        block, products = self.block, Products()
-        if not block.steps:
-            return
+        tile_at, products = Position(self.tiles), Products()
         both = {0, 1}
         q, grad_out = Position(self.q), Position(self.grad_out)
         k, v = Position(self.k), Position(self.v)
         place = 0
-        keys_cleared = self._cleared(block.key_tail, both)
 
         def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, step, self._cleared(self._tail(step), both)
+            return at.buffer, (number, step), self._cleared(block.tails[step], both)
+
+        def keys(at: Position, *, cleared: bool) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, number, self._cleared(block.key_tail and cleared, both)
 
         def clear_tail(at: Position, content: object, tail: bool) -> Steps:
             if tail:
@@ -305,197 +341,212 @@ class ThreadBlock:
                 if self.flaw != "reads what the other clears":
                     yield from self.all_cleared.sync(group)
 
-        def issue_s(step: int) -> Steps:
-            yield from q.wait_full()
-            yield from clear_tail(q, step, self._tail(step))
-            products.issue((k.buffer, "keys", keys_cleared), operand(q, step))
-
-        def issue_dq_dk(at: Position, step: int) -> None:
-            halves = [(half, step, set[int]()) for half in self.exchange[place]]
-            products.issue(*halves, (k.buffer, "keys", keys_cleared))
-            products.issue(operand(at, step))
-
-        def issue_dp_dv(step: int) -> Steps:
-            yield from grad_out.wait_full()
-            yield from clear_tail(grad_out, step, self._tail(step))
-            products.issue((v.buffer, "keys", set()), operand(grad_out, step))
-            products.issue(operand(grad_out, step))
-            yield from products.wait(1)
-
         def read_rows(at: Position, step: int) -> Steps:  # lse lies beside Q, delta beside dO
             buffer, expected, cleared_by = operand(at, step)
             buffer.begin_read(expected, cleared_by)
             yield True
             buffer.end_read()
 
+        def issue_s(step: int) -> Steps:
+            yield from q.wait_full()
+            yield from clear_tail(q, (number, step), block.tails[step])
+            products.issue(keys(k, cleared=True), operand(q, step))
+
+        def issue_dq_dk(at: Position, step: int) -> None:
+            halves = [(half, (number, step), set[int]()) for half in self.exchange[place]]
+            products.issue(*halves, keys(k, cleared=True))
+            products.issue(operand(at, step))
+
+        def issue_dp_dv(step: int) -> Steps:
+            yield from grad_out.wait_full()
+            yield from clear_tail(grad_out, (number, step), block.tails[step])
+            products.issue(keys(v, cleared=False), operand(grad_out, step))
+            products.issue(operand(grad_out, step))
+            yield from products.wait(1)
+
         def make_ds(step: int) -> Steps:
             nonlocal place
             yield from read_rows(grad_out, step)
             if self.flaw != "has one dS":
                 place ^= 1
-            self.exchange[place][group].write(step)
+            self.exchange[place][group].write((number, step))
             yield from products.wait(0)
             grad_out.free()
             grad_out.count += 1
 
-        yield from k.wait_full()
-        yield from clear_tail(k, "keys", block.key_tail)
-        yield from issue_s(0)
-        yield from v.wait_full()
-        yield from products.wait(0)
-        yield from read_rows(q, 0)
-        yield from issue_dp_dv(0)
-        yield from make_ds(0)
-        for step in range(1, block.steps):
-            q.count += 1
-            if self.flaw == "frees Q before dK":
-                q.before().free()
-            yield from issue_s(step)
-            if self.flaw != "does not wait for the other's dS":
-                yield from self.ds_ready.sync(group)
-            issue_dq_dk(q.before(), step - 1)
-            if not self.shape.dq_before_p:
-                yield from products.wait(2)
-                yield from read_rows(q, step)
-            yield from products.wait(1)
-            yield from self._add_dq(group, step - 1)
-            if self.shape.dq_before_p:
-                yield from read_rows(q, step)
-            yield from issue_dp_dv(step)
-            if self.flaw != "frees Q before dK":
-                q.before().free()
-            yield from make_ds(step)
-        yield from self.ds_ready.sync(group)
-        issue_dq_dk(q, block.steps - 1)
-        yield from products.wait(0)
-        yield from self._add_dq(group, block.steps - 1)
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            block = self.blocks[number]
+            if not block.steps:
+                continue
+            yield from k.wait_full()
+            yield from clear_tail(k, number, block.key_tail)
+            yield from issue_s(0)
+            yield from v.wait_full()
+            yield from products.wait(0)
+            yield from read_rows(q, 0)
+            yield from issue_dp_dv(0)
+            yield from make_ds(0)
+            for step in range(1, block.steps):
+                q.count += 1
+                if self.flaw == "frees Q before dK":
+                    q.before().free()
+                yield from issue_s(step)
+                if self.flaw != "does not wait for the other's dS":
+                    yield from self.ds_ready.sync(group)
+                issue_dq_dk(q.before(), step - 1)
+                if not self.shape.dq_before_p:
+                    yield from products.wait(2)
+                    yield from read_rows(q, step)
+                yield from products.wait(1)
+                yield from self._add_dq(group, number, step - 1, 0)
+                if self.shape.dq_before_p:
+                    yield from read_rows(q, step)
+                yield from issue_dp_dv(step)
+                if self.flaw != "frees Q before dK":
+                    q.before().free()
+                yield from make_ds(step)
+            yield from self.ds_ready.sync(group)
+            issue_dq_dk(q, block.steps - 1)
+            if self.flaw == "frees K before dQ":
+                self._end_tile(k, v)
+            yield from products.wait(0)
+            yield from self._add_dq(group, number, block.steps - 1, 0)
+            self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
 
     # ---- backward_by_columns.cuh: warp group 0 makes P, 1 makes dS
 
     def consume_by_columns(self, group: int) -> Steps:
-        block, products = self.block, Products()
-        if not block.steps:
-            return
+        tile_at, products = Position(self.tiles), Products()
         makes_p = group == 0
-        own_panels = (self.shape.panels + 1) // 2 if makes_p else self.shape.panels // 2
+        panels = self._own_panels(group)
         q, grad_out = Position(self.q), Position(self.grad_out)
         k, v = Position(self.k), Position(self.v)
-        keys_cleared = self._cleared(block.key_tail, {0})
 
         def q_operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, step, self._cleared(self._tail(step), {0})
+            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
 
         def do_operand(step: int) -> tuple[Buffer, object, set[int]]:
-            return grad_out.buffer, step, self._cleared(self._tail(step), {1})
+            return grad_out.buffer, (number, step), self._cleared(block.tails[step], {1})
+
+        def keys(at: Position, *, cleared: bool) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, number, self._cleared(block.key_tail and cleared, {0})
+
+        def shared(buffer: Buffer, step: int) -> tuple[Buffer, object, set[int]]:
+            return buffer, (number, step), set()
 
         def clear_tail(at: Position, content: object, tail: bool) -> None:
             if tail:
                 at.buffer.clear(group, content)
 
-        def issue_s(step: int) -> Steps:
-            yield from q.wait_full()
-            clear_tail(q, step, self._tail(step))
-            yield True
-            products.issue((k.buffer, "keys", keys_cleared), q_operand(q, step))
-
-        def issue_dp(step: int) -> Steps:
-            yield from grad_out.wait_full()
-            clear_tail(grad_out, step, self._tail(step))
-            yield True
-            products.issue((v.buffer, "keys", set()), do_operand(step))
-
-        def read_rows(operand: tuple[Buffer, object, set[int]]) -> Steps:
-            buffer, expected, cleared_by = operand  # lse lies beside Q, delta beside dO
+        def read(operand: tuple[Buffer, object, set[int]]) -> Steps:
+            buffer, expected, cleared_by = operand
             buffer.begin_read(expected, cleared_by)
             yield True
             buffer.end_read()
 
+        def issue_s(step: int) -> Steps:
+            yield from q.wait_full()
+            clear_tail(q, (number, step), block.tails[step])
+            yield True
+            products.issue(keys(k, cleared=True), q_operand(q, step))
+
+        def issue_dp(step: int) -> Steps:
+            yield from grad_out.wait_full()
+            clear_tail(grad_out, (number, step), block.tails[step])
+            yield True
+            products.issue(keys(v, cleared=False), do_operand(step))
+
         def make_p(step: int) -> Steps:
-            yield from read_rows(q_operand(q, step))
-            self.p.write(step)
+            yield from read(q_operand(q, step))  # lse lies beside Q
+            self.p.write((number, step))
 
         def multiply_dv(step: int) -> Steps:
             yield from self.scores_ready.sync(group)
             yield from grad_out.wait_full()
-            products.issue((self.p, step, set()), do_operand(step))
+            products.issue(shared(self.p, step), do_operand(step))
             if not makes_p:
-                self.p.begin_read(step, set())
-                yield True
-                self.p.end_read()
+                yield from read(shared(self.p, step))
                 yield from products.wait(1)
-                yield from read_rows(do_operand(step))
-                self.ds.write(step)
+                yield from read(do_operand(step))  # delta lies beside dO
+                self.ds.write((number, step))
             yield from products.wait(0)
             grad_out.free()
             grad_out.count += 1
+
+        def issue_dq_panel(step: int) -> None:
+            products.issue(shared(self.ds, step), keys(k, cleared=True))
 
         def issue_dq_dk(at: Position, step: int) -> Steps:
             yield from self.ds_ready.sync(group)
             yield from at.wait_full()
             issue_dq_panel(step)
-            products.issue((self.ds, step, set()), q_operand(at, step))
-
-        def issue_dq_panel(step: int) -> None:
-            products.issue((self.ds, step, set()), (k.buffer, "keys", keys_cleared))
+            products.issue(shared(self.ds, step), q_operand(at, step))
 
         def add_first(step: int) -> Steps:
             yield from products.wait(1)
-            yield from self._add_dq(group, step)
-            if own_panels > 1:
+            yield from self._add_dq(group, number, step, panels[0])
+            if len(panels) > 1:
                 issue_dq_panel(step)
 
         def add_second(step: int) -> Steps:
-            if own_panels > 1:
-                yield from self._add_dq(group, step)
+            if len(panels) > 1:
+                yield from self._add_dq(group, number, step, panels[1])
 
-        yield from k.wait_full()
-        yield from v.wait_full()
-        if makes_p:
-            clear_tail(k, "keys", block.key_tail)
-            yield from issue_s(0)
-            yield from products.wait(0)
-            yield from make_p(0)
-        else:
-            yield from issue_dp(0)
-        yield from multiply_dv(0)
-        for step in range(1, block.steps):
-            q.count += 1
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            block = self.blocks[number]
+            if not block.steps:
+                continue
+            yield from k.wait_full()
+            yield from v.wait_full()
             if makes_p:
-                yield from issue_s(step)
-                if self.flaw == "makes P before the other has read the last":
-                    yield from products.wait(0)
-                    yield from make_p(step)
-            yield from issue_dq_dk(q.before(), step - 1)
-            if self.flaw == "frees Q before dK":
-                q.before().free()
-            yield from add_first(step - 1)
-            if makes_p:
-                if self.flaw != "makes P before the other has read the last":
-                    yield from make_p(step)
+                clear_tail(k, number, block.key_tail)
+                yield from issue_s(0)
                 yield from products.wait(0)
+                yield from make_p(0)
             else:
-                yield from issue_dp(step)
-                yield from products.wait(1)
-            yield from add_second(step - 1)
-            if self.flaw != "frees Q before dK":
-                q.before().free()
-            yield from multiply_dv(step)
-        yield from issue_dq_dk(q, block.steps - 1)
-        yield from add_first(block.steps - 1)
-        yield from products.wait(0)
-        yield from add_second(block.steps - 1)
+                yield from issue_dp(0)
+            yield from multiply_dv(0)
+            for step in range(1, block.steps):
+                q.count += 1
+                early = self.flaw == "makes P before the other has read the last"
+                if makes_p:
+                    yield from issue_s(step)
+                    if early:
+                        yield from products.wait(0)
+                        yield from make_p(step)
+                yield from issue_dq_dk(q.before(), step - 1)
+                if self.flaw == "frees Q before dK":
+                    q.before().free()
+                yield from add_first(step - 1)
+                if makes_p:
+                    if not early:
+                        yield from make_p(step)
+                    yield from products.wait(0)
+                else:
+                    yield from issue_dp(step)
+                    yield from products.wait(1)
+                yield from add_second(step - 1)
+                if self.flaw != "frees Q before dK":
+                    q.before().free()
+                yield from multiply_dv(step)
+            yield from issue_dq_dk(q, block.steps - 1)
+            yield from add_first(block.steps - 1)
+            if self.flaw == "frees K before dQ":
+                self._end_tile(k, v)
+            yield from products.wait(0)
+            yield from add_second(block.steps - 1)
+            self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
 
     def run(self, seed: int) -> None:
         """Until everyone has come to an end, under one random schedule."""
         consume = self.consume_by_keys if self.shape.split == BY_KEYS else self.consume_by_columns
         self.actors = {
-            "loads K and Q": self.supply(self.k, self.q),
-            "loads V and dO": self.supply(self.v, self.grad_out),
-            "consumer 0": consume(0),
-            "consumer 1": consume(1),
+            "loads K and Q": self.load_queries(),
+            "loads V and dO": self.load_gradients(),
         }
-        if self.shape.copies_dq:
-            self.actors |= {f"takes dQ of {g} away": self.take_dq_away(g) for g in range(2)}
+        for group in range(2):
+            self.actors[f"consumer {group}"] = consume(group)
+            self.actors[f"takes dQ of {group} away"] = self.take_dq_away(group)
         schedule = random.Random(seed)
         waiting: set[str] = set()
         while self.actors:
@@ -513,32 +564,39 @@ class ThreadBlock:
                 raise HangError(", ".join(sorted(waiting)))
 
 
-def random_block(chance: random.Random) -> Block:
-    steps = chance.choice([0, 1, 2, 3, 5, 9])
+def random_blocks(chance: random.Random) -> list[Block]:
     packed = chance.random() < 0.5
-    tails = tuple(packed and chance.random() < 0.4 for _ in range(steps))
-    return Block(tails, key_tail=packed and chance.random() < 0.5)
-
-
-def shape_of(tile: Any) -> Shape:
-    panels = -(-tile.head_dim // 64)
-    return Shape(tile.split, tile.q_stages, tile.do_stages, panels, bool(tile.dq_before_p))
+    blocks = []
+    for _ in range(chance.choice([0, 1, 2, 4])):
+        steps = chance.choice([0, 1, 2, 3, 5, 9])
+        tails = tuple(packed and chance.random() < 0.4 for _ in range(steps))
+        blocks.append(Block(tails, key_tail=packed and chance.random() < 0.5))
+    return blocks
 
 
 def test_no_tile_of_the_table_hangs_or_races(planner: Any) -> None:
     for row, tile in enumerate(planner.backward_tiles()):
-        shape = shape_of(tile)
-        for trial in range(60):
-            block = random_block(random.Random(1000 * row + trial))
-            thread_block = ThreadBlock(shape, block)
+        panels = -(-tile.head_dim // 64)
+        for trial in range(40):
+            chance = random.Random(1000 * row + trial)
+            shape = Shape(
+                tile.split,
+                tile.q_stages,
+                tile.do_stages,
+                panels,
+                bool(tile.dq_before_p),
+                dq_pieces=chance.choice([1, 2]),
+            )
+            blocks = random_blocks(chance)
+            thread_block = ThreadBlock(shape, blocks)
             thread_block.run(trial)
-            panels = tile.head_dim // 64 if shape.split == BY_COLUMNS else 2
-            assert len(thread_block.added) == panels * block.steps
+            pieces = (panels if shape.split == BY_COLUMNS else 2) * shape.dq_pieces
+            assert len(thread_block.added) == pieces * sum(block.steps for block in blocks)
 
 
 @pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
 def test_other_stages_neither_hang_nor_race(split: int) -> None:
-    for trial in range(200):
+    for trial in range(150):
         chance = random.Random(trial)
         shape = Shape(
             split,
@@ -546,8 +604,9 @@ def test_other_stages_neither_hang_nor_race(split: int) -> None:
             do_stages=chance.choice([1, 2, 3]),
             panels=chance.choice([3, 4]),
             dq_before_p=chance.random() < 0.5,
+            dq_pieces=chance.choice([1, 2]),
         )
-        ThreadBlock(shape, random_block(chance)).run(trial)
+        ThreadBlock(shape, random_blocks(chance)).run(trial)
 
 
 @pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
@@ -555,7 +614,7 @@ def test_one_stage_of_q_hangs(split: int) -> None:
     # Scores of the next step are asked for before dK of this one lets go of its Q.
     block = Block(tails=(False, False), key_tail=False)
     with pytest.raises(HangError):
-        ThreadBlock(Shape(split, q_stages=1, do_stages=2, panels=4), block).run(0)
+        ThreadBlock(Shape(split, q_stages=1, do_stages=2, panels=4), [block]).run(0)
 
 
 @pytest.mark.parametrize(
@@ -564,18 +623,21 @@ def test_one_stage_of_q_hangs(split: int) -> None:
         (BY_KEYS, "has one dS"),
         (BY_KEYS, "does not wait for the other's dS"),
         (BY_KEYS, "frees Q before dK"),
+        (BY_KEYS, "frees K before dQ"),
         (BY_KEYS, "reads what the other clears"),
-        (BY_KEYS, "frees dQ before it is read"),
+        (BY_KEYS, "lets go of dQ before it is read"),
         (BY_COLUMNS, "frees Q before dK"),
+        (BY_COLUMNS, "frees K before dQ"),
         (BY_COLUMNS, "makes P before the other has read the last"),
+        (BY_COLUMNS, "lets go of dQ before it is read"),
     ],
 )
 def test_the_model_tells_what_would_go_wrong(split: int, flaw: str) -> None:
-    shape = Shape(split, q_stages=2, do_stages=2, panels=4)
-    block = Block(tails=(False, True, False, True, False, False), key_tail=True)
-    for seed in range(100):
+    shape = Shape(split, q_stages=3, do_stages=2, panels=4)
+    blocks = [Block((False, True, False, True, False), key_tail=True), Block((False,) * 3, False)]
+    for seed in range(300):
         try:
-            ThreadBlock(shape, block, flaw).run(seed)
+            ThreadBlock(shape, 2 * blocks, flaw).run(seed)
         except RaceError:
             return
     pytest.fail("nothing was found")
