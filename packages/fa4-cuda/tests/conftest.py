@@ -11,7 +11,7 @@ import subprocess
 from ctypes import c_int32
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -29,6 +29,8 @@ CSRC = PACKAGE / "src" / "fa4_cuda" / "csrc"
 PLANNERS = [CSRC / "plan.cpp", CSRC / "backward_plan.cpp"]
 CACHE = PACKAGE.parents[1] / ".cache" / "fa4-cuda"
 
+Row = TypeVar("Row", bound=ctypes.Structure)
+
 
 class ForwardTile(ctypes.Structure):
     """fa4_forward_tile."""
@@ -38,6 +40,18 @@ class ForwardTile(ctypes.Structure):
         for name in (
             *("head_dim", "mask", "block_m", "block_n"),
             *("q_stages", "kv_stages", "shared_bytes"),
+        )
+    )
+
+
+class BackwardTile(ctypes.Structure):
+    """fa4_backward_tile."""
+
+    _fields_ = tuple(
+        (name, c_int32)
+        for name in (
+            *("head_dim", "mask", "split", "block_m", "block_n"),
+            *("q_stages", "do_stages", "dq_direct", "dq_staged", "shared_bytes"),
         )
     )
 
@@ -53,10 +67,18 @@ class Planner:
 
     def tiles(self) -> list[ForwardTile]:
         """The tile table."""
-        found: list[ForwardTile] = []
+        return self._table(self.library.fa4_forward_tile_at, ForwardTile)
+
+    def backward_tiles(self) -> list[BackwardTile]:
+        """The tile table of the backward."""
+        return self._table(self.library.fa4_backward_tile_at, BackwardTile)
+
+    @staticmethod
+    def _table(tile_at: Any, row: type[Row]) -> list[Row]:
+        found: list[Row] = []
         while True:
-            tile = ForwardTile()
-            if self.library.fa4_forward_tile_at(len(found), ctypes.byref(tile)) != 0:
+            tile = row()
+            if tile_at(len(found), ctypes.byref(tile)) != 0:
                 return found
             found.append(tile)
 

@@ -200,6 +200,77 @@ def test_statuses_have_sentences(planner) -> None:
 QUERIES, KEYS = ("q", "out", "grad_out", "dq"), ("k", "v", "dk", "dv")
 
 
+def backward_tile_of(planner: Any, **call: Any) -> Any:
+    status, plan = planner.plan_backward(**call)
+    assert status == OK
+    return planner.backward_tiles()[plan.tile]
+
+
+def test_table_of_the_backward_has_every_head_dim_and_mask(planner) -> None:
+    # One that serves causal masks serves calls without a mask as well.
+    rows = [(tile.head_dim, tile.mask) for tile in planner.backward_tiles()]
+    assert sorted(rows) == [(d, mask) for d in HEAD_DIMS for mask in (CAUSAL, WINDOW)]
+
+
+def test_tiles_of_the_backward_fit_shared_memory_and_the_rows_of_workspaces(planner) -> None:
+    for tile in planner.backward_tiles():
+        assert tile.shared_bytes <= 227 * 1024
+        assert 128 % tile.block_m == 0
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_backwards_are_served_by_the_next_tile(planner, head_dim: int) -> None:
+    expected = min(d for d in HEAD_DIMS if d >= head_dim)
+    assert backward_tile_of(planner, head_dim=head_dim).head_dim == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "mask"),
+    [
+        ({}, CAUSAL),
+        ({"causal": 1}, CAUSAL),
+        ({"window_right": 5}, CAUSAL),
+        ({"window_left": 100}, WINDOW),
+        ({"window_left": 100, "causal": 1}, WINDOW),
+        # Windows as wide as the sequence hide nothing.
+        ({"window_left": 1023, "causal": 1}, CAUSAL),
+        ({"window_left": 1023, "window_right": 1023}, CAUSAL),
+    ],
+)
+def test_mask_of_a_backward_is_the_least_that_is_needed(
+    planner, call: dict[str, Any], mask: int
+) -> None:
+    for head_dim in HEAD_DIMS:
+        assert backward_tile_of(planner, head_dim=head_dim, **call).mask == mask
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("seq_k", [1, 63, 64, 65, 128, 129, 1000])
+def test_every_key_is_in_a_thread_block(planner, head_dim: int, seq_k: int) -> None:
+    call = {"head_dim": head_dim, "seq_k": seq_k, "batch": 1, "heads_q": 10, "heads_k": 5}
+    plan = planner.plan_backward(**call)[1]
+    block_n = planner.backward_tiles()[plan.tile].block_n
+    assert plan.grid == -(-seq_k // block_n) * 5
+
+
+def test_every_packed_sequence_has_as_many_thread_blocks_as_the_longest(planner) -> None:
+    call = packed(seq_k=700, heads_k=2)
+    plan = planner.plan_backward(**call)[1]
+    assert plan.grid == -(-700 // planner.backward_tiles()[plan.tile].block_n) * 5 * 2
+
+
+def test_a_backward_without_keys_has_no_thread_blocks_and_one_without_queries_has(planner) -> None:
+    status, plan = planner.plan_backward(seq_k=0)
+    assert (status, plan.grid) == (OK, 0)
+    status, plan = planner.plan_backward(seq_q=0, seq_k=1024)
+    assert status == OK
+    assert plan.grid > 0  # their gradients are zero, and somebody has to write so
+    assert plan.workspace_bytes == 0
+    for empty in ({"batch": 0}, {"heads_q": 0, "heads_k": 0}):
+        status, plan = planner.plan_backward(**empty)
+        assert (status, plan.grid, plan.workspace_bytes) == (OK, 0, 0)
+
+
 @pytest.mark.parametrize("head_dim", [0, 4, 12, 100, 264])
 def test_backwards_of_other_head_dims_are_declined(planner, head_dim: int) -> None:
     assert planner.plan_backward(head_dim=head_dim)[0] == HEAD_DIM
@@ -236,13 +307,13 @@ def test_the_workspace_is_one_dq_and_two_numbers_a_row(
     rows = 2 * 16 * -(-seq // 128) * 128
     columns = min(d for d in HEAD_DIMS if d >= head_dim)
     turns = rows // 64 * -(-columns // 64) * deterministic
-    assert plan.workspace_bytes <= (rows * (columns + 2) + turns) * 4
+    assert plan.workspace_bytes <= (rows * (columns + 2) + turns) * 4 + 128
 
 
 def test_the_workspace_of_packed_sequences_begins_each_at_a_whole_tile(planner) -> None:
     plan = planner.plan_backward(**packed())[1]
     assert plan.workspace_bytes >= 16 * 16384 * (128 + 2) * 4
-    assert plan.workspace_bytes <= 16 * (16384 + 5 * 128) * (128 + 2) * 4
+    assert plan.workspace_bytes <= 16 * (16384 + 5 * 128) * (128 + 2) * 4 + 128
 
 
 @pytest.mark.parametrize(
@@ -288,3 +359,26 @@ def test_backwards_with_too_many_rows_are_declined(planner) -> None:
     many = {"batch": 2**10, "heads_q": 2**8}
     assert planner.plan_backward(seq_q=2**20, seq_k=64, **many)[0] == SIZE
     assert planner.plan_backward(seq_q=64, seq_k=2**20, **many)[0] == SIZE
+
+
+@pytest.mark.parametrize(
+    ("side", "last", "other"),
+    [
+        # The workspace holds 128 rows more or less, which are prepared 64 at a time.
+        ("seq_q", 128 * (2**12 - 1), "seq_k"),
+        ("seq_k", 64 * (2**13 - 1), "seq_q"),
+    ],
+)
+def test_backwards_are_planned_up_to_what_a_grid_can_number(
+    planner, side: str, last: int, other: str
+) -> None:
+    call = {"batch": 2**10, "heads_q": 2**8, "head_dim": 8, other: 64}
+    status, plan = planner.plan_backward(**call, **{side: last})
+    assert status == OK
+    assert 0 < plan.grid < 2**31
+    assert planner.plan_backward(**call, **{side: last + 1})[0] == SIZE
+
+
+def test_workspaces_of_the_backward_may_exceed_32_bits(planner) -> None:
+    plan = planner.plan_backward(batch=64, seq_q=2**16, heads_q=64)[1]
+    assert plan.workspace_bytes >= 64 * 2**16 * 64 * (128 + 2) * 4

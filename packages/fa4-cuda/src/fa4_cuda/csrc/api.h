@@ -125,7 +125,7 @@ typedef struct fa4_backward_plan {
   int32_t grid;  // thread blocks
   int32_t deterministic;
   int32_t reserved;
-  int64_t workspace_bytes;  // fp32 dQ and two numbers a row
+  int64_t workspace_bytes;  // fp32 dQ, two numbers a row and 128 bytes
 } fa4_backward_plan;
 
 // A row of the tile table.
@@ -133,11 +133,21 @@ typedef struct fa4_forward_tile {
   int32_t head_dim, mask, block_m, block_n, q_stages, kv_stages, shared_bytes;
 } fa4_forward_tile;
 
+// A row of the backward's.
+typedef struct fa4_backward_tile {
+  int32_t head_dim, mask;
+  int32_t split;  // 0: the warp groups divide the keys; 1: the columns
+  int32_t block_m, block_n, q_stages, do_stages;
+  int32_t dq_direct, dq_staged;  // of the eight chunks of a panel of dQ
+  int32_t shared_bytes;
+} fa4_backward_tile;
+
 FA4_API int fa4_abi_version(void);
 FA4_API const char* fa4_error_string(int status);
 
 // Pure: no GPU needed. `tile` is out of range: FA4_INVALID_ARGUMENT.
 FA4_API int fa4_forward_tile_at(int tile, fa4_forward_tile* result);
+FA4_API int fa4_backward_tile_at(int tile, fa4_backward_tile* result);
 FA4_API int fa4_plan_forward(const fa4_forward_args* args, int multiprocessors,
                              fa4_forward_plan* plan);
 FA4_API int fa4_plan_backward(const fa4_backward_args* args, int multiprocessors,

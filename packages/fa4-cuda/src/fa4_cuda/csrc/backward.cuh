@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
       const int owner = (threadIdx.x >> 5) - 2;
       constexpr int kFirst = (kTile.panels() + 1) / 2;
       if constexpr (kTile.splits_rows()) {
-        take_dq_away<kTileIndex>(params, layout, owner, 0, 1, 64 * owner);
+        take_dq_away<kTileIndex>(params, layout, owner, 0, 1, owner);
       } else {
         take_dq_away<kTileIndex>(params, layout, owner, owner * kFirst,
                                  owner == 0 ? kFirst : kTile.panels() - kFirst, 0);

@@ -95,6 +95,7 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
   params.dq_sums = reinterpret_cast<float*>(memory);
   params.negative_lse = reinterpret_cast<float*>(memory + workspace.negative_lse);
   params.delta = reinterpret_cast<float*>(memory + workspace.delta);
+  params.nan_keys = reinterpret_cast<int*>(memory + workspace.nan_keys);
   params.turns = plan.deterministic ? reinterpret_cast<int*>(memory + workspace.turns) : nullptr;
   params.workspace_rows = workspace_rows(args);
   params.cu_seqlens_q = args.cu_seqlens_q;

@@ -129,22 +129,22 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
       wgmma_commit();
     };
     // The first panel of dQ; the second takes its place.
-    const auto add_panel = [&](int panel, int64_t row) {
-      add_dq<kTileIndex>(params, layout, dq, row, kFirstPanel + panel, 64, kWarpgroup, thread);
+    const auto add_panel = [&](int panel, int unit) {
+      add_dq<kTileIndex>(params, layout, dq, unit, kFirstPanel + panel, 64, kWarpgroup, thread);
     };
-    const auto add_first = [&](int64_t row) {
+    const auto add_first = [&](int unit) {
       wgmma_wait<1>();
       pin(dq);
-      add_panel(0, row);
+      add_panel(0, unit);
       if constexpr (kOwnPanels > 1) {
         wgmma_fence();
         issue_dq_panel(1);
       }
     };
-    const auto add_second = [&](int64_t row) {
+    const auto add_second = [&](int unit) {
       pin(dq);
       pin(dk);
-      if constexpr (kOwnPanels > 1) add_panel(1, row);
+      if constexpr (kOwnPanels > 1) add_panel(1, unit);
     };
 
     // ---- the first step, to dS
@@ -164,7 +164,7 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
     // ---- steps: what is left of one, and the next to its dS
 #pragma unroll 1
     while (step.left > 1) {
-      const int64_t row = step.row;
+      const int unit = step.unit;
       const auto q_done = q_at;
       step.advance(params, blocks);
       q_at.advance();
@@ -172,7 +172,7 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
 
       if constexpr (kMakesP) issue_s();  // before anyone waits for dS
       issue_dq_dk(q_done);
-      add_first(row);
+      add_first(unit);
       if constexpr (kMakesP) {
         make_p(masked);
         wgmma_wait<0>();
@@ -180,16 +180,16 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
         issue_dp();
         wgmma_wait<1>();
       }
-      add_second(row);
+      add_second(unit);
       ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_done), lane == 0);
       multiply_dv(masked);
     }
 
     // ---- what is left of the last step
     issue_dq_dk(q_at);
-    add_first(step.row);
+    add_first(step.unit);
     wgmma_wait<0>();
-    add_second(step.row);
+    add_second(step.unit);
     // The next tile's keys and queries come while dK and dV are stored.
     ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
     ptx::mbarrier_arrive_if(layout.k_ring().empty_barrier(key_at), lane == 0);

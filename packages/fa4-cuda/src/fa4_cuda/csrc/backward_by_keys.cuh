@@ -119,8 +119,8 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
       do_at.advance();
     };
 
-    const auto add = [&](int64_t row) {
-      add_dq<kTileIndex>(params, layout, dq, row + (kSplitsRows ? 64 * warpgroup : 0),
+    const auto add = [&](int unit) {
+      add_dq<kTileIndex>(params, layout, dq, unit + (kSplitsRows ? warpgroup : 0),
                          kSplitsRows ? 0 : warpgroup,
                          kSplitsRows ? 64 : kHeadDim - 64 * warpgroup, warpgroup, thread);
     };
@@ -143,7 +143,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
 #pragma unroll 1
     while (step.left > 1) {
       const auto q_done = q_at;
-      const int64_t row = step.row;
+      const int unit = step.unit;
       step.advance(params, blocks);
       q_at.advance();
       const bool masked = blocks.masked(step.block);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
       make_p(masked);
       wgmma_wait<1>();
       pin(dq);
-      add(row);
+      add(unit);
       issue_dp_dv();
       pin(dk);
       ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_done), lane == 0);
@@ -166,7 +166,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
     wgmma_wait<0>();
     pin(dq);
     pin(dk);
-    add(step.row);
+    add(step.unit);
     // The next tile's keys and queries come while dK and dV are stored.
     ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
     ptx::mbarrier_arrive_if(layout.k_ring().empty_barrier(key_at), lane == 0);

@@ -7,6 +7,7 @@
 #include "backward_pipeline.cuh"
 #include "epilogue.cuh"
 #include "mask.cuh"
+#include "nan_watch.cuh"
 
 namespace fa4 {
 
@@ -57,6 +58,7 @@ __device__ __forceinline__ void probabilities(uint32_t (&p)[kBlockM / 4],
                               ptx::exp2(fmaf(s[4 * j + 2 * r + 1], scale_log2, l.y)));
     }
   }
+  __syncwarp();  // all lanes have read, before one of them lets go of the stage
 }
 
 // dS^T = P^T * (dP^T - delta), rounded: the A operand of dS^T Q.
@@ -75,6 +77,7 @@ __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kBlockM / 4],
                                           weights.y * (dp[4 * j + 2 * r + 1] - d.y));
     }
   }
+  __syncwarp();  // as above
 }
 
 // 64 rows of a warp group into panels [kPanelRows, 64] from first_row on: both swizzled and as
@@ -157,7 +160,7 @@ __device__ __forceinline__ void issue_from_panel(float (&x)[kColumns / 2], uint6
 template <int kTileIndex>
 __device__ __forceinline__ void add_dq(const BackwardParams& params,
                                        const BackwardLayout<kTileIndex>& layout,
-                                       const float (&dq)[32], int64_t row, int panel, int columns,
+                                       const float (&dq)[32], int unit, int panel, int columns,
                                        int warpgroup, int thread) {
   static constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
   const auto stage = [&]<int kBegin, int kEnd>() {
@@ -181,7 +184,7 @@ __device__ __forceinline__ void add_dq(const BackwardParams& params,
   }
   stage.template operator()<kTile.dq_direct, kTile.kDqChunks>();
   if constexpr (kTile.dq_direct > 0) {
-    float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel) + thread * 4;
+    float* sums = params.dq_sums + dq_panel(int64_t{unit} * 64, kTile.head_dim, panel) + thread * 4;
 #pragma unroll
     for (int i = 0; i < kTile.dq_direct; ++i) {
       if (8 * i < columns)
@@ -191,12 +194,13 @@ __device__ __forceinline__ void add_dq(const BackwardParams& params,
 }
 
 // dK or dV of a warp group's rows: rounded, 16 bytes a lane. `first_column` of the tensor is the
-// first of x.
+// first of x. Whether there is a NaN among them is noted for those who come after.
 template <Element kElement, int kColumns>
 __device__ __forceinline__ void store_gradient(const BackwardParams& params,
                                                const BackwardWork& work, const TensorView& tensor,
                                                const float (&x)[kColumns / 2], float scale,
                                                int first_key, int first_column, int lane) {
+  NanWatch<kElement> watch;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + 8 * r;
@@ -210,6 +214,7 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& params,
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (4 * g + i) + 2 * r;
         quad[i] = ptx::pack<kElement>(x[at] * scale, x[at + 1] * scale);
+        watch.see(quad[i]);
       }
       transpose_quad(quad, lane);
       const int column = first_column + 32 * g + 8 * (lane & 3);
@@ -217,6 +222,7 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& params,
         *reinterpret_cast<uint4*>(row + column) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
     }
   }
+  if (watch.found()) *params.nan_keys = 1;
 }
 
 }  // namespace fa4

@@ -15,6 +15,7 @@ struct BackwardParams {
   float* delta;         // row sums of dO * O
   float* dq_sums;       // in the order of accumulators (dq_panel)
   int* turns;           // of every block of dQ: how many thread blocks have added; or null
+  int* nan_keys;        // whether a row of dK or dV came out NaN
   int64_t workspace_rows;  // of a head of a sequence; of all sequences if they are packed
   const int* cu_seqlens_q;  // [batch + 1], null if dense
   const int* cu_seqlens_k;

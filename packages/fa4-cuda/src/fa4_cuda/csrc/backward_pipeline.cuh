@@ -142,18 +142,28 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
     load_panels(key_map, kQueries ? layout.k : layout.v, kTile.block_n, key_ring.full,
                 work.k_start + work.n_block * kTile.block_n, work.key_head, work.batch);
     key_at.advance();
+    // As QuerySteps goes, in fewer registers.
+    int unit = step.unit;
+    const int gap = step.gap(params, blocks);
+    const int first_row = work.q_start + blocks.begin * kM;
+    const int end_row = work.q_start + blocks.end * kM;
+    const int end_head = step.head + params.heads_per_group;
 #pragma unroll 1
-    for (; step.left > 0; step.advance(params, blocks)) {
-      const uint32_t full = ring.full_barrier(at);
-      ring.wait_empty(at);
-      ptx::mbarrier_arrive_expect_tx(full, kTile.q_bytes() + Layout::kRowBytes);
-      load_panels(query_map,
-                  (kQueries ? layout.q : layout.grad_out) + at.stage() * kTile.q_bytes(), kM, full,
-                  work.q_start + step.block * kM, step.head, work.batch);
-      ptx::bulk_load(
-          (kQueries ? layout.negative_lse : layout.delta) + at.stage() * Layout::kRowBytes,
-          (kQueries ? params.negative_lse : params.delta) + step.row, Layout::kRowBytes, full);
-      at.advance();
+    for (int head = step.head; head < end_head; ++head, unit += gap) {
+#pragma unroll 1
+      for (int row = first_row; row < end_row; row += kM, unit += step.kUnits) {
+        const uint32_t full = ring.full_barrier(at);
+        ring.wait_empty(at);
+        ptx::mbarrier_arrive_expect_tx(full, kTile.q_bytes() + Layout::kRowBytes);
+        load_panels(query_map,
+                    (kQueries ? layout.q : layout.grad_out) + at.stage() * kTile.q_bytes(), kM,
+                    full, row, head, work.batch);
+        ptx::bulk_load(
+            (kQueries ? layout.negative_lse : layout.delta) + at.stage() * Layout::kRowBytes,
+            (kQueries ? params.negative_lse : params.delta) + int64_t{unit} * 64,
+            Layout::kRowBytes, full);
+        at.advance();
+      }
     }
   };
 
@@ -191,7 +201,7 @@ template <int kTileIndex>
 __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
                                              const BackwardLayout<kTileIndex>& layout,
                                              int warpgroup, int first_panel, int panels,
-                                             int first_row) {
+                                             int first_unit) {
   static constexpr BackwardTile kTile = BackwardLayout<kTileIndex>::kTile;
   constexpr int kChunkBytes = BackwardTile::kDqChunkBytes;
   const uint32_t source = layout.dq + warpgroup * kTile.dq_staged * kChunkBytes;
@@ -199,12 +209,15 @@ __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
   const bool in_turns = params.turns != nullptr;
   const int first_chunk = in_turns ? 0 : kTile.dq_direct;
 
-  const auto take_panel = [&](const BackwardWork& work, int64_t row, int block, int panel) {
+  const auto take_panel = [&](int tile, int unit, int block, int panel) {
     const int chunks = min(kPanelColumns, kTile.head_dim - panel * kPanelColumns) / 8;
-    float* sums = params.dq_sums + dq_panel(row, kTile.head_dim, panel);
-    int* turns = params.turns + row / 64 * kTile.panels() + panel;
-    if (in_turns && elected)
+    float* sums = params.dq_sums + dq_panel(int64_t{unit} * 64, kTile.head_dim, panel);
+    int* turns = params.turns + int64_t{unit} * kTile.panels() + panel;
+    if (in_turns && elected) {
+      // What a turn depends on is read again rather than kept.
+      const BackwardWork work(params, tile);
       wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, block));
+    }
 #pragma unroll 1
     for (int chunk = first_chunk; chunk < kTile.kDqChunks; chunk += kTile.dq_staged) {
       ptx::named_barrier_arrive(kDqEmptyBarrier + warpgroup, kDqThreads);
@@ -227,12 +240,18 @@ __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
   for (int tile = tiles.next(layout); tile >= 0; tile = tiles.next(layout)) {
     const BackwardWork work(params, tile);
     const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params, work);
-    QuerySteps step(params, work, blocks);
+    const QuerySteps first(params, work, blocks);
+    const int gap = first.gap(params, blocks);
+    int unit = first.unit + first_unit;
 #pragma unroll 1
-    for (; step.left > 0; step.advance(params, blocks)) {
+    for (int head = first.left == 0 ? params.heads_per_group : 0; head < params.heads_per_group;
+         ++head, unit += gap) {
 #pragma unroll 1
-      for (int panel = first_panel; panel < first_panel + panels; ++panel)
-        take_panel(work, step.row + first_row, step.block, panel);
+      for (int block = blocks.begin; block < blocks.end; ++block, unit += first.kUnits) {
+#pragma unroll 1
+        for (int panel = first_panel; panel < first_panel + panels; ++panel)
+          take_panel(tile, unit, block, panel);
+      }
     }
   }
   if (elected) ptx::bulk_wait();

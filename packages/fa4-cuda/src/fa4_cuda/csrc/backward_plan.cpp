@@ -46,7 +46,8 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
   workspace.negative_lse = aligned(rows * tile.head_dim * 4);
   workspace.delta = workspace.negative_lse + aligned(rows * 4);
   workspace.next_tile = workspace.delta + aligned(rows * 4);
-  workspace.turns = workspace.next_tile + aligned(4);
+  workspace.nan_keys = workspace.next_tile + 4;
+  workspace.turns = workspace.next_tile + (rows > 0 ? aligned(8) : 0);
   workspace.bytes =
       workspace.turns + (plan.deterministic ? aligned(rows / 64 * tile.panels() * 4) : 0);
   return workspace;
@@ -71,10 +72,29 @@ extern "C" int fa4_plan_backward(const fa4_backward_args* args, int multiprocess
                                  fa4_backward_plan* plan) {
   const int status = fa4::check_backward(*args);
   if (status != FA4_OK) return status;
-  // Packed sequences are launched as if all were as long as the longest.
-  const int64_t blocks = fa4::ceil_div(std::max(args->seq_q, args->seq_k), 64);
+  // Packed sequences are launched as if all were as long as the longest; rows of queries in units
+  // of 64, as many as the workspace holds.
+  const int64_t blocks =
+      std::max(fa4::ceil_div(args->seq_q, fa4::kRowAlignment) * (fa4::kRowAlignment / 64),
+               fa4::ceil_div(args->seq_k, 64));
   if (blocks * args->heads_q * args->batch > std::numeric_limits<int32_t>::max())
     return FA4_UNSUPPORTED_SIZE;
   *plan = fa4::plan_backward(*args, multiprocessors);
+  return FA4_OK;
+}
+
+extern "C" int fa4_backward_tile_at(int tile, fa4_backward_tile* result) {
+  if (tile < 0 || tile >= fa4::kBackwardTileCount) return FA4_INVALID_ARGUMENT;
+  const fa4::BackwardTile& row = fa4::kBackwardTiles[tile];
+  *result = {row.head_dim,
+             static_cast<int32_t>(row.mask),
+             static_cast<int32_t>(row.split),
+             row.block_m,
+             row.block_n,
+             row.q_stages,
+             row.do_stages,
+             row.dq_direct,
+             row.dq_staged,
+             row.shared_bytes()};
   return FA4_OK;
 }

@@ -8,7 +8,7 @@ namespace fa4 {
 
 // Where the parts of the workspace begin, in bytes; sums of dQ come first.
 struct BackwardWorkspace {
-  int64_t negative_lse, delta, next_tile, turns, bytes;
+  int64_t negative_lse, delta, next_tile, nan_keys, turns, bytes;
 };
 
 // Rows that the workspace holds of a head of every sequence; of all sequences if they are packed.

@@ -1,10 +1,9 @@
 // Before and after the backward's main kernel, row by row.
 //
 // Before: delta, the row sums of dO * O, and lse in base 2, for all rows that the workspace holds,
-// and zeros where dQ is summed. After: dQ from its sums.
+// and zeros where dQ is summed. After: dQ from its sums; and what has come out NaN, once more.
 #include "backward_launch.h"
-#include "backward_work.cuh"
-#include "epilogue.cuh"
+#include "backward_repair.cuh"
 
 namespace fa4 {
 namespace {
@@ -45,18 +44,6 @@ struct RowUnit {
   }
 };
 
-template <Element kElement>
-__device__ __forceinline__ float dot(uint4 a, uint4 b) {
-  float sum = 0.f;
-  const uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = ptx::unpack<kElement>(as[i]), y = ptx::unpack<kElement>(bs[i]);
-    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
-  }
-  return sum;
-}
-
 // kLanes of a warp share a row, 16 bytes each.
 template <int kHeadDim, Element kElement>
 __global__ void __launch_bounds__(kThreads)
@@ -64,10 +51,14 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   constexpr int kRowsAtOnce = kThreads / kLanes;
   const RowUnit unit(params);
-  if (params.next_tile != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *params.next_tile = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (params.next_tile != nullptr) *params.next_tile = 0;
+    *params.nan_keys = 0;
+  }
   if (!unit.exists()) return;
 
-  auto* sums = reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));
+  auto* sums =
+      reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));
 #pragma unroll 4
   for (int i = threadIdx.x; i < kUnitRows * kHeadDim / 4; i += kThreads)
     sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -104,12 +95,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kHeadDim, Element kElement>
-__global__ void __launch_bounds__(kThreads)
-    backward_finish(const __grid_constant__ BackwardParams params) {
-  const RowUnit unit(params);
-  if (unit.first_row >= unit.seq_q) return;
+__device__ __forceinline__ void finish_rows(const BackwardParams& params, const RowUnit& unit) {
   const int thread = threadIdx.x, lane = thread & 31;
   const int row = unit.first_row + (thread >> 5) * 16 + (lane >> 2);
+  NanWatch<kElement> watch[2];
 #pragma unroll
   for (int panel = 0; panel * kPanelColumns < kHeadDim; ++panel) {
     const auto* sums = reinterpret_cast<const float4*>(
@@ -126,6 +115,8 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) watch[r].see(quad[r][i]);
         transpose_quad(quad[r], lane);
         const int column = panel * kPanelColumns + 32 * g + 8 * (lane & 3);
         if (row + 8 * r < unit.seq_q && column < params.head_dim) {
@@ -134,6 +125,34 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t quads = __ballot_sync(~0u, row + 8 * r < unit.seq_q && watch[r].found());
+    __syncwarp();  // all of a row is written before it is written again
+#pragma unroll 1
+    while (quads != 0) {
+      const int quad = (__ffs(quads) - 1) >> 2;
+      quads &= ~(0xFu << (4 * quad));
+      const int i = thread / 32 * 16 + quad + 8 * r;
+      repair_query<kElement>(params, unit.sequence, unit.head, unit.first_row + i,
+                             unit.workspace_row + i, lane);
+    }
+  }
+}
+
+// Four blocks of a multiprocessor keep memory busy; for more the compiler spills registers of the
+// repairs.
+template <int kHeadDim, Element kElement>
+__global__ void __launch_bounds__(kThreads, 4)
+    backward_finish(const __grid_constant__ BackwardParams params) {
+  const bool nan_keys = *params.nan_keys != 0;  // read here, for it is needed after a while
+  const RowUnit unit(params);
+  if (unit.first_row < unit.seq_q) finish_rows<kHeadDim, kElement>(params, unit);
+  if (nan_keys) {
+    constexpr int kWarps = kThreads / 32;
+    repair_keys<kElement>(params, blockIdx.x * kWarps + threadIdx.x / 32, gridDim.x * kWarps,
+                          threadIdx.x & 31);
   }
 }
 

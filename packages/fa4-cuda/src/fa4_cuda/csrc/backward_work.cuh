@@ -108,24 +108,32 @@ __device__ __forceinline__ int turn_of(const BackwardParams& params, const Backw
 // The queries of a thread block's steps: those of one head of the group after those of another.
 template <BackwardTile const& kTile>
 struct QuerySteps {
+  static constexpr int kUnits = kTile.block_m / 64;
   int head;  // of the queries
   int block;
   int left;     // steps, with this one
-  int64_t row;  // of the workspaces
+  int unit;     // of 64 rows of the workspaces
 
   __device__ __forceinline__ QuerySteps(const BackwardParams& params, const BackwardWork& work,
                                         const QueryBlocks<kTile>& blocks)
       : head(work.key_head * params.heads_per_group),
         block(blocks.begin),
         left(blocks.count() * params.heads_per_group),
-        row(workspace_row(params, work.sequence, head, work.q_start) + block * kTile.block_m) {}
+        unit(static_cast<int>(workspace_row(params, work.sequence, head, work.q_start) / 64) +
+             block * kUnits) {}
+
+  // From behind a head's last unit to the next head's first.
+  static __device__ __forceinline__ int gap(const BackwardParams& params,
+                                            const QueryBlocks<kTile>& blocks) {
+    return static_cast<int>(params.workspace_rows / 64) - blocks.count() * kUnits;
+  }
 
   __device__ __forceinline__ void advance(const BackwardParams& params,
                                           const QueryBlocks<kTile>& blocks) {
     --left;
-    row += kTile.block_m;
+    unit += kUnits;
     if (++block == blocks.end) {
-      row += params.workspace_rows - blocks.count() * kTile.block_m;
+      unit += gap(params, blocks);
       block = blocks.begin;
       ++head;
     }

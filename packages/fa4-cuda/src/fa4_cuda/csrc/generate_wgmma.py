@@ -3,8 +3,8 @@
 Run ``python generate_wgmma.py > wgmma_instructions.cuh`` after a change; a test compares the two.
 """
 
-# N of S = Q K^T are the block_n of tiles.h, N of O += P V its head_dims; the products of the backward
-# (backward_tiles.h) need no other sizes.
+# N of S = Q K^T are the block_n of tiles.h, N of O += P V its head_dims; the products of the
+# backward (backward_tiles.h) need no other sizes.
 SIZES = (64, 80, 96, 112, 128, 192, 256)
 TYPES = {"kHalf": "f16", "kBfloat16": "bf16"}
 

@@ -1,0 +1,641 @@
+"""The barriers of the backward kernel, as a model: nobody hangs, and nobody writes what is read.
+
+The threads that load, the consumer warp groups and the warps that take dQ away are coroutines over
+the barriers and buffers of backward_pipeline.cuh, in the order in which it, backward_by_keys.cuh
+and backward_by_columns.cuh use them. Every yield is a point at which any other may run, chosen at
+random. What runs for itself does so here: a copy is an actor of its own, and products read their
+operands until a wait covers them.
+
+A buffer knows what is in it: whoever reads says what he expects, and whoever writes must be alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+BY_KEYS, BY_COLUMNS = 0, 1
+
+Steps = Iterator[bool]
+"""Yields whether anything has happened since the last time."""
+
+
+class HangError(Exception):
+    """Everyone waits."""
+
+
+class RaceError(Exception):
+    """Something is written while it is read, or read while something else is there."""
+
+
+def until(condition: Callable[[], bool]) -> Steps:
+    moved = True
+    while not condition():
+        yield moved
+        moved = False
+
+
+@dataclass
+class Barrier:
+    """mbarrier: flips its phase when all arrivals are in."""
+
+    arrivals: int
+    pending: int = field(init=False)
+    phase: int = 0
+
+    def __post_init__(self) -> None:
+        self.pending = self.arrivals
+
+    def arrive(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            self.pending = self.arrivals
+            self.phase ^= 1
+
+    def wait(self, parity: int) -> Steps:
+        return until(lambda: self.phase != parity)
+
+
+class NamedBarrier:
+    """Of two parties, each of which may wait for the other or only let it know."""
+
+    def __init__(self) -> None:
+        self.arrived: set[object] = set()
+        self.completed = 0
+
+    def arrive(self, who: object) -> None:
+        if who in self.arrived:
+            raise RaceError(f"{who} arrives twice at one barrier")
+        self.arrived.add(who)
+        if len(self.arrived) == 2:
+            self.arrived.clear()
+            self.completed += 1
+
+    def sync(self, who: object) -> Steps:
+        before = self.completed
+        self.arrive(who)
+        return until(lambda: self.completed != before)
+
+
+@dataclass
+class Buffer:
+    """A piece of shared memory; `content` is None while it is written."""
+
+    name: str
+    content: object = None
+    cleared: set[int] = field(default_factory=set)  # by which warp groups, of rows of others
+    readers: int = 0
+
+    def _be_alone(self) -> None:
+        if self.readers:
+            raise RaceError(f"{self.name} is written while {self.content} is read")
+
+    def write(self, content: object) -> None:
+        self._be_alone()
+        self.content, self.cleared = content, set()
+
+    def clear(self, group: int, expected: object) -> None:
+        self._be_alone()
+        self._expect(expected)
+        self.cleared.add(group)
+
+    def _expect(self, expected: object) -> None:
+        if self.content != expected:
+            raise RaceError(f"{self.name} holds {self.content} where {expected} is read")
+
+    def begin_read(self, expected: object, cleared_by: set[int]) -> None:
+        self._expect(expected)
+        if self.cleared != cleared_by:
+            raise RaceError(f"{self.name} is read before rows of others are cleared")
+        self.readers += 1
+
+    def end_read(self) -> None:
+        self.readers -= 1
+
+
+class Ring:
+    """Buffers with a full and an empty barrier each."""
+
+    def __init__(self, name: str, stages: int, readers: int, writers: int = 1) -> None:
+        self.stages = stages
+        self.buffers = [Buffer(f"{name}[{i}]") for i in range(stages)]
+        self.full = [Barrier(writers) for _ in range(stages)]
+        self.empty = [Barrier(readers) for _ in range(stages)]
+
+
+@dataclass
+class Position:
+    """RingPosition, with the waits and arrivals at it."""
+
+    ring: Ring
+    count: int = 0
+
+    @property
+    def stage(self) -> int:
+        return self.count % self.ring.stages
+
+    @property
+    def phase(self) -> int:
+        return self.count // self.ring.stages & 1
+
+    @property
+    def buffer(self) -> Buffer:
+        return self.ring.buffers[self.stage]
+
+    def wait_full(self) -> Steps:
+        return self.ring.full[self.stage].wait(self.phase)
+
+    def wait_empty(self) -> Steps:
+        return self.ring.empty[self.stage].wait(self.phase ^ 1)
+
+    def fill(self) -> None:
+        self.ring.full[self.stage].arrive()
+
+    def free(self) -> None:
+        self.ring.empty[self.stage].arrive()
+
+    def before(self) -> Position:
+        return Position(self.ring, self.count - 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a row of the tile table the protocol depends on."""
+
+    split: int
+    q_stages: int
+    do_stages: int
+    panels: int = 2
+    dq_pieces: int = 1  # of a panel, through a buffer that holds one
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of keys: who sees it, in steps, some of which end behind a packed sequence."""
+
+    tails: tuple[bool, ...]
+    key_tail: bool
+
+    @property
+    def steps(self) -> int:
+        return len(self.tails)
+
+
+class Products:
+    """wgmma of one warp group: a group after the other, each reading until it is waited for."""
+
+    def __init__(self) -> None:
+        self.pending: list[list[Buffer]] = []
+
+    def issue(self, *operands: tuple[Buffer, object, set[int]]) -> None:
+        for buffer, expected, cleared_by in operands:
+            buffer.begin_read(expected, cleared_by)
+        self.pending.append([buffer for buffer, _, _ in operands])
+
+    def wait(self, left: int) -> Steps:
+        yield True
+        while len(self.pending) > left:
+            for buffer in self.pending.pop(0):
+                buffer.end_read()
+
+
+LAST = -1
+
+
+class ThreadBlock:
+    """One thread block at work on blocks of keys; `flaw` names what it does wrong."""
+
+    def __init__(self, shape: Shape, blocks: list[Block], flaw: str = "") -> None:
+        self.shape, self.blocks, self.flaw = shape, blocks, flaw
+        # Read by the consumers, by who loads dO and by who takes dQ away.
+        self.tiles = Ring("tile", 2, 5)
+        self.q = Ring("Q", shape.q_stages, 2)
+        self.grad_out = Ring("dO", shape.do_stages, 2)
+        self.k, self.v = Ring("K", 1, 2), Ring("V", 1, 2)
+        # Halves by warp group of each of two dS; or P and dS.
+        self.exchange = [[Buffer(f"dS[{i}] of {g}") for g in range(2)] for i in range(2)]
+        self.ds_ring = Ring("dS", 2, readers=2, writers=2)
+        self.p, self.ds = Buffer("P"), Buffer("dS")
+        self.dq = [Buffer(f"dQ of {g}") for g in range(2)]
+        self.scores_ready, self.ds_ready, self.all_cleared = (NamedBarrier() for _ in range(3))
+        self.dq_full, self.dq_empty = ([NamedBarrier() for _ in range(2)] for _ in range(2))
+        self.added: list[object] = []
+        self.actors: dict[str, Steps] = {}
+
+    # ---- who loads
+
+    def _copy(self, at: Position, content: object) -> Steps:
+        at.buffer.write(None)
+        yield True
+        at.buffer.write(content)
+        at.fill()
+
+    def _load(self, at: Position, content: object) -> Steps:
+        yield from at.wait_empty()
+        copy = Position(at.ring, at.count)
+        self.actors[f"copy {at.buffer.name} {content}"] = self._copy(copy, content)
+        at.count += 1
+        yield True
+
+    def _load_tile(self, number: int, keys: Position, queries: Position) -> Steps:
+        steps = self.blocks[number].steps
+        if steps:
+            yield from self._load(keys, number)
+        for step in range(steps):
+            yield from self._load(queries, (number, step))
+
+    def load_queries(self) -> Steps:
+        tile_at, k, q = Position(self.tiles), Position(self.k), Position(self.q)
+        for number in [*range(len(self.blocks)), LAST]:
+            yield from tile_at.wait_empty()
+            tile_at.buffer.write(number)
+            tile_at.fill()
+            tile_at.count += 1
+            if number != LAST:
+                yield from self._load_tile(number, k, q)
+
+    def load_gradients(self) -> Steps:
+        tile_at, v, grad_out = Position(self.tiles), Position(self.v), Position(self.grad_out)
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            yield from self._load_tile(number, v, grad_out)
+
+    def take_dq_away(self, group: int) -> Steps:
+        tile_at, source = Position(self.tiles), self.dq[group]
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            for step in range(self.blocks[number].steps):
+                for panel in self._own_panels(group):
+                    for piece in range(self.shape.dq_pieces):
+                        self.dq_empty[group].arrive("taker")
+                        yield from self.dq_full[group].sync("taker")
+                        content = (number, step, panel, piece)
+                        if self.flaw == "lets go of dQ before it is read":
+                            self.actors[f"late {group} {content}"] = self._read_late(group, content)
+                            continue
+                        source.begin_read(content, set())
+                        yield True
+                        source.end_read()
+                        self.added.append((group, content))
+
+    def _read_late(self, group: int, content: object) -> Steps:
+        yield True
+        self.dq[group].begin_read(content, set())
+        self.dq[group].end_read()
+
+    def _read_tile(self, at: Position) -> Generator[bool, None, int]:
+        yield from at.wait_full()
+        number = at.buffer.content
+        assert isinstance(number, int)
+        at.buffer.begin_read(number, set())
+        yield True
+        at.buffer.end_read()
+        at.free()
+        at.count += 1
+        return number
+
+    # ---- what both splits do
+
+    def _own_panels(self, group: int) -> range:
+        if self.shape.split == BY_KEYS:
+            return range(1)
+        first = (self.shape.panels + 1) // 2
+        return range(first) if group == 0 else range(first, self.shape.panels)
+
+    def _cleared(self, tail: bool, by: set[int]) -> set[int]:
+        return by if tail else set()
+
+    def _add_dq(self, group: int, number: int, step: int, panel: int) -> Steps:
+        for piece in range(self.shape.dq_pieces):
+            yield from self.dq_empty[group].sync("owner")
+            self.dq[group].write((number, step, panel, piece))
+            yield True
+            self.dq_full[group].arrive("owner")
+
+    def _end_tile(self, *rings: Position) -> None:
+        for at in rings:
+            at.free()
+            at.count += 1
+
+    # ---- backward_by_keys.cuh
+
+    def consume_by_keys(self, group: int) -> Steps:
+        tile_at, products = Position(self.tiles), Products()
+        both = {0, 1}
+        q, grad_out = Position(self.q), Position(self.grad_out)
+        k, v = Position(self.k), Position(self.v)
+        ds = Position(self.ds_ring)
+
+        def place() -> list[Buffer]:
+            return self.exchange[0 if self.flaw == "has one dS" else ds.stage]
+
+        def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, (number, step), self._cleared(block.tails[step], both)
+
+        def keys(at: Position, *, cleared: bool) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, number, self._cleared(block.key_tail and cleared, both)
+
+        def clear_tail(at: Position, content: object, tail: bool) -> Steps:
+            if tail:
+                at.buffer.clear(group, content)
+                yield True
+                if self.flaw != "reads what the other clears":
+                    yield from self.all_cleared.sync(group)
+
+        def read_rows(at: Position, step: int) -> Steps:  # lse lies beside Q, delta beside dO
+            buffer, expected, cleared_by = operand(at, step)
+            buffer.begin_read(expected, cleared_by)
+            yield True
+            buffer.end_read()
+
+        def issue_s(step: int) -> Steps:
+            yield from q.wait_full()
+            yield from clear_tail(q, (number, step), block.tails[step])
+            products.issue(keys(k, cleared=True), operand(q, step))
+
+        def issue_dq_dk(at: Position, step: int) -> Steps:
+            if self.flaw != "does not wait for the other's dS":
+                yield from ds.wait_full()
+            halves = [(half, (number, step), set[int]()) for half in place()]
+            products.issue(*halves, keys(k, cleared=True))
+            products.issue(operand(at, step))
+            ds.count += 1
+
+        def issue_dp_dv(step: int) -> Steps:
+            yield from grad_out.wait_full()
+            yield from clear_tail(grad_out, (number, step), block.tails[step])
+            products.issue(keys(v, cleared=False), operand(grad_out, step))
+            products.issue(operand(grad_out, step))
+            yield from products.wait(1)
+
+        def make_ds(step: int) -> Steps:
+            yield from read_rows(grad_out, step)
+            place()[group].write((number, step))
+            ds.fill()
+            yield from products.wait(0)
+            grad_out.free()
+            grad_out.count += 1
+
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            block = self.blocks[number]
+            if not block.steps:
+                continue
+            yield from k.wait_full()
+            yield from clear_tail(k, number, block.key_tail)
+            yield from issue_s(0)
+            yield from v.wait_full()
+            yield from products.wait(0)
+            yield from read_rows(q, 0)
+            yield from issue_dp_dv(0)
+            yield from make_ds(0)
+            for step in range(1, block.steps):
+                q.count += 1
+                if self.flaw == "frees Q before dK":
+                    q.before().free()
+                yield from issue_s(step)
+                yield from issue_dq_dk(q.before(), step - 1)
+                yield from products.wait(2)
+                yield from read_rows(q, step)
+                yield from products.wait(1)
+                yield from self._add_dq(group, number, step - 1, 0)
+                yield from issue_dp_dv(step)
+                if self.flaw != "frees Q before dK":
+                    q.before().free()
+                yield from make_ds(step)
+            yield from issue_dq_dk(q, block.steps - 1)
+            if self.flaw == "frees K before dQ":
+                self._end_tile(k, v)
+            yield from products.wait(0)
+            yield from self._add_dq(group, number, block.steps - 1, 0)
+            self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
+
+    # ---- backward_by_columns.cuh: warp group 0 makes P, 1 makes dS
+
+    def consume_by_columns(self, group: int) -> Steps:
+        tile_at, products = Position(self.tiles), Products()
+        makes_p = group == 0
+        panels = self._own_panels(group)
+        q, grad_out = Position(self.q), Position(self.grad_out)
+        k, v = Position(self.k), Position(self.v)
+
+        def q_operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
+
+        def do_operand(step: int) -> tuple[Buffer, object, set[int]]:
+            return grad_out.buffer, (number, step), self._cleared(block.tails[step], {1})
+
+        def keys(at: Position, *, cleared: bool) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, number, self._cleared(block.key_tail and cleared, {0})
+
+        def shared(buffer: Buffer, step: int) -> tuple[Buffer, object, set[int]]:
+            return buffer, (number, step), set()
+
+        def clear_tail(at: Position, content: object, tail: bool) -> None:
+            if tail:
+                at.buffer.clear(group, content)
+
+        def read(operand: tuple[Buffer, object, set[int]]) -> Steps:
+            buffer, expected, cleared_by = operand
+            buffer.begin_read(expected, cleared_by)
+            yield True
+            buffer.end_read()
+
+        def issue_s(step: int) -> Steps:
+            yield from q.wait_full()
+            clear_tail(q, (number, step), block.tails[step])
+            yield True
+            products.issue(keys(k, cleared=True), q_operand(q, step))
+
+        def issue_dp(step: int) -> Steps:
+            yield from grad_out.wait_full()
+            clear_tail(grad_out, (number, step), block.tails[step])
+            yield True
+            products.issue(keys(v, cleared=False), do_operand(step))
+
+        def make_p(step: int) -> Steps:
+            yield from read(q_operand(q, step))  # lse lies beside Q
+            self.p.write((number, step))
+
+        def multiply_dv(step: int) -> Steps:
+            yield from self.scores_ready.sync(group)
+            yield from grad_out.wait_full()
+            products.issue(shared(self.p, step), do_operand(step))
+            if not makes_p:
+                yield from read(shared(self.p, step))
+                yield from products.wait(1)
+                yield from read(do_operand(step))  # delta lies beside dO
+                self.ds.write((number, step))
+            yield from products.wait(0)
+            grad_out.free()
+            grad_out.count += 1
+
+        def issue_dq_panel(step: int) -> None:
+            products.issue(shared(self.ds, step), keys(k, cleared=True))
+
+        def issue_dq_dk(at: Position, step: int) -> Steps:
+            yield from self.ds_ready.sync(group)
+            yield from at.wait_full()
+            issue_dq_panel(step)
+            products.issue(shared(self.ds, step), q_operand(at, step))
+
+        def add_first(step: int) -> Steps:
+            yield from products.wait(1)
+            yield from self._add_dq(group, number, step, panels[0])
+            if len(panels) > 1:
+                issue_dq_panel(step)
+
+        def add_second(step: int) -> Steps:
+            if len(panels) > 1:
+                yield from self._add_dq(group, number, step, panels[1])
+
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            block = self.blocks[number]
+            if not block.steps:
+                continue
+            yield from k.wait_full()
+            yield from v.wait_full()
+            if makes_p:
+                clear_tail(k, number, block.key_tail)
+                yield from issue_s(0)
+                yield from products.wait(0)
+                yield from make_p(0)
+            else:
+                yield from issue_dp(0)
+            yield from multiply_dv(0)
+            for step in range(1, block.steps):
+                q.count += 1
+                early = self.flaw == "makes P before the other has read the last"
+                if makes_p:
+                    yield from issue_s(step)
+                    if early:
+                        yield from products.wait(0)
+                        yield from make_p(step)
+                yield from issue_dq_dk(q.before(), step - 1)
+                if self.flaw == "frees Q before dK":
+                    q.before().free()
+                yield from add_first(step - 1)
+                if makes_p:
+                    if not early:
+                        yield from make_p(step)
+                    yield from products.wait(0)
+                else:
+                    yield from issue_dp(step)
+                    yield from products.wait(1)
+                yield from add_second(step - 1)
+                if self.flaw != "frees Q before dK":
+                    q.before().free()
+                yield from multiply_dv(step)
+            yield from issue_dq_dk(q, block.steps - 1)
+            yield from add_first(block.steps - 1)
+            if self.flaw == "frees K before dQ":
+                self._end_tile(k, v)
+            yield from products.wait(0)
+            yield from add_second(block.steps - 1)
+            self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
+
+    def run(self, seed: int) -> None:
+        """Until everyone has come to an end, under one random schedule."""
+        consume = self.consume_by_keys if self.shape.split == BY_KEYS else self.consume_by_columns
+        self.actors = {
+            "loads K and Q": self.load_queries(),
+            "loads V and dO": self.load_gradients(),
+        }
+        for group in range(2):
+            self.actors[f"consumer {group}"] = consume(group)
+            self.actors[f"takes dQ of {group} away"] = self.take_dq_away(group)
+        schedule = random.Random(seed)
+        waiting: set[str] = set()
+        while self.actors:
+            name = schedule.choice(sorted(self.actors.keys() - waiting))
+            try:
+                moved = next(self.actors[name])
+            except StopIteration:
+                del self.actors[name]
+                moved = True
+            if moved:
+                waiting.clear()
+            else:
+                waiting.add(name)
+            if self.actors and self.actors.keys() <= waiting:
+                raise HangError(", ".join(sorted(waiting)))
+
+
+def random_blocks(chance: random.Random) -> list[Block]:
+    packed = chance.random() < 0.5
+    blocks = []
+    for _ in range(chance.choice([0, 1, 2, 4])):
+        steps = chance.choice([0, 1, 2, 3, 5, 9])
+        tails = tuple(packed and chance.random() < 0.4 for _ in range(steps))
+        blocks.append(Block(tails, key_tail=packed and chance.random() < 0.5))
+    return blocks
+
+
+def test_no_tile_of_the_table_hangs_or_races(planner: Any) -> None:
+    for row, tile in enumerate(planner.backward_tiles()):
+        panels = -(-tile.head_dim // 64)
+        for trial in range(40):
+            chance = random.Random(1000 * row + trial)
+            shape = Shape(
+                tile.split,
+                tile.q_stages,
+                tile.do_stages,
+                panels,
+                # In turns all eight chunks go through the buffer, otherwise what is not added
+                # from registers.
+                dq_pieces=chance.choice([1, 8 // tile.dq_staged]),
+            )
+            blocks = random_blocks(chance)
+            thread_block = ThreadBlock(shape, blocks)
+            thread_block.run(trial)
+            pieces = (panels if shape.split == BY_COLUMNS else 2) * shape.dq_pieces
+            assert len(thread_block.added) == pieces * sum(block.steps for block in blocks)
+
+
+@pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
+def test_other_stages_neither_hang_nor_race(split: int) -> None:
+    for trial in range(150):
+        chance = random.Random(trial)
+        shape = Shape(
+            split,
+            q_stages=chance.choice([2, 3, 4]),
+            do_stages=chance.choice([1, 2, 3]),
+            panels=chance.choice([3, 4]),
+            dq_pieces=chance.choice([1, 2]),
+        )
+        ThreadBlock(shape, random_blocks(chance)).run(trial)
+
+
+@pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
+def test_one_stage_of_q_hangs(split: int) -> None:
+    # Scores of the next step are asked for before dK of this one lets go of its Q.
+    block = Block(tails=(False, False), key_tail=False)
+    with pytest.raises(HangError):
+        ThreadBlock(Shape(split, q_stages=1, do_stages=2, panels=4), [block]).run(0)
+
+
+@pytest.mark.parametrize(
+    ("split", "flaw"),
+    [
+        (BY_KEYS, "has one dS"),
+        (BY_KEYS, "does not wait for the other's dS"),
+        (BY_KEYS, "frees Q before dK"),
+        (BY_KEYS, "frees K before dQ"),
+        (BY_KEYS, "reads what the other clears"),
+        (BY_KEYS, "lets go of dQ before it is read"),
+        (BY_COLUMNS, "frees Q before dK"),
+        (BY_COLUMNS, "frees K before dQ"),
+        (BY_COLUMNS, "makes P before the other has read the last"),
+        (BY_COLUMNS, "lets go of dQ before it is read"),
+    ],
+)
+def test_the_model_tells_what_would_go_wrong(split: int, flaw: str) -> None:
+    shape = Shape(split, q_stages=3, do_stages=2, panels=4)
+    blocks = [Block((False, True, False, True, False), key_tail=True), Block((False,) * 3, False)]
+    for seed in range(300):
+        try:
+            ThreadBlock(shape, 2 * blocks, flaw).run(seed)
+        except RaceError:
+            return
+    pytest.fail("nothing was found")
