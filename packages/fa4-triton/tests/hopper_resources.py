@@ -169,8 +169,11 @@ def product_loops(code: Sequence[str]) -> Iterator[Loop]:
             if any("HGMMA" in code[at] for at in span):
                 spans.append(span)
     for span in spans:
-        if any(span.start <= other.start and other.stop <= span.stop for other in spans
-               if other is not span):
+        if any(
+            span.start <= other.start and other.stop <= span.stop
+            for other in spans
+            if other is not span
+        ):
             continue
         body = [code[at] for at in span]
         yield Loop(tuple(_order(body)), sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body))

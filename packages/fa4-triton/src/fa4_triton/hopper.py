@@ -8,6 +8,7 @@ docs/kernels/fa4-triton.md.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
@@ -24,7 +25,9 @@ __all__ = [
     "choose",
     "plan_hopper_forward",
     "situation_of",
-    "why_not_tma",
+    "why_no_gluon",
+    "why_not_this_call",
+    "why_untested",
 ]
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -120,19 +123,40 @@ def choose(situation: Situation) -> Choice:
 def _why_portable(situation: Situation) -> str | None:
     if situation.architecture != "hopper":
         return f"the Hopper kernels do not run on {situation.architecture}"
-    if not situation.triton.startswith(TESTED_TRITON):
-        return (
-            f"the Hopper kernels were not tested with Triton {situation.triton}, only with "
-            f"{' and '.join(version + 'x' for version in TESTED_TRITON)}"
-        )
-    if situation.gluon is not None:
-        return f"Triton's Gluon cannot be used: {situation.gluon}"
+    untested = why_untested(situation.triton, situation.gluon)
+    if untested is not None:
+        return untested
     if situation.direction == "backward":
         return "the backward is the portable one"
     if situation.varlen:
         return "packed sequences"
     if situation.mask == "window":
         return "a window"
+    return None
+
+
+def why_untested(triton: str, gluon: str | None) -> str | None:
+    """Why no call of this installation goes to the Hopper kernels, or None.
+
+    Args:
+        triton: Triton's version.
+        gluon: What `why_no_gluon` gives.
+    """
+    if not triton.startswith(TESTED_TRITON):
+        tested = " and ".join(version + "x" for version in TESTED_TRITON)
+        return f"the Hopper kernels were tested with Triton {tested} only, and this is {triton}"
+    if gluon is not None:
+        return f"Triton's Gluon cannot be used: {gluon}"
+    return None
+
+
+@cache
+def why_no_gluon() -> str | None:
+    """Why the Hopper kernels cannot be imported, or None."""
+    try:
+        importlib.import_module("fa4_triton.hopper_launch")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -158,7 +182,7 @@ def situation_of(
     )
 
 
-def why_not_tma(
+def why_not_this_call(
     request: Request, strides: tuple[Strides, ...], alignment: int, negative_scale: bool
 ) -> str | None:
     """Why a dense call that the table gives to the Hopper forward cannot go there, or None.
@@ -173,6 +197,8 @@ def why_not_tma(
         return "a negative scale"
     if 0 in request.query_shape or 0 in request.key_shape:
         return "no queries or no keys"
+    if request.query_shape[1] < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} queries: most of a tile would be empty"
     if alignment & 0b1111 != 0b1111:
         return "a tensor does not start at a multiple of 16 bytes"
     for shape, given in zip(_shapes(request), strides, strict=True):
@@ -184,6 +210,10 @@ def why_not_tma(
         if any(stride >= 1 << 39 for stride in used):
             return "strides of a tebibyte or more"
     return None
+
+
+FEWEST_ROWS = 64
+"""Query rows of a consumer. One row of 8192 keys: 200 us here, 148 us on the portable kernel."""
 
 
 class Tensor4(NamedTuple):
@@ -222,7 +252,7 @@ SIDE_BY_SIDE = 16
 def plan_hopper_forward(
     device: Device, request: Request, strides: tuple[Strides, ...], tile: HopperTile
 ) -> HopperPlan:
-    """Plan a forward for which `why_not_tma` gives None.
+    """Plan a forward for which `why_not_this_call` gives None.
 
     Args:
         device: Where.

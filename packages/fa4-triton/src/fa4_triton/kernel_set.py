@@ -10,7 +10,14 @@ import torch
 import triton
 
 from fa4_triton import interpreter
-from fa4_triton.hopper import HopperPlan, choose, plan_hopper_forward, situation_of, why_not_tma
+from fa4_triton.hopper import (
+    HopperPlan,
+    choose,
+    plan_hopper_forward,
+    situation_of,
+    why_no_gluon,
+    why_not_this_call,
+)
 from fa4_triton.kernels.backward import dkdv_kernel, dq_kernel
 from fa4_triton.kernels.forward import forward_kernel
 from fa4_triton.launch import Variant
@@ -24,7 +31,7 @@ from fa4_triton.plan import (
     request_of,
 )
 from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
-from flash_attention_registry.sdpa import Capabilities
+from flash_attention_registry.sdpa import Capabilities, count_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,16 +81,6 @@ def _variant(kernel: Kernel, tile: Tile, constants: Constants, dtype: torch.dtyp
 
 
 @cache
-def why_no_gluon() -> str | None:
-    """Why the Hopper kernels cannot be imported, or None. Asked on Hopper only."""
-    try:
-        from fa4_triton import hopper_launch  # noqa: F401  # Triton may come without Gluon
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-@cache
 def _hopper_variant(config: Any, dtype: torch.dtype) -> Any:
     from fa4_triton.hopper_launch import HopperForward
 
@@ -111,7 +108,7 @@ def _hopper_forward_of(
         gluon=why_no_gluon() if device.architecture == "hopper" else None,
     )
     choice = choose(situation)
-    reason = choice.reason or why_not_tma(request, strides, alignment, negative_scale)
+    reason = choice.reason or why_not_this_call(request, strides, alignment, negative_scale)
     if reason is not None:
         return reason
     from fa4_triton.hopper_launch import config_of
@@ -188,7 +185,9 @@ def _launch_hopper_forward(
         call.scale < 0,
     )
     if isinstance(chosen, str):
+        count_kernel(f"fa4-triton's portable forward: {chosen}")
         return False
+    count_kernel("fa4-triton's Hopper forward")
     variant, plan = chosen
     pointers.append(lse.data_ptr())
     variant.launch(device_index, plan, (*operands, lse), pointers, floats)

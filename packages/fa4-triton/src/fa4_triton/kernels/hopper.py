@@ -44,11 +44,15 @@ class Grid(NamedTuple):
     heads_total: Any  # B * Hq
 
 
-class Sizes(NamedTuple):
-    """Of every sequence and head; int32 scalars."""
+class Problem(NamedTuple):
+    """What is computed; scalars. Sizes are those of every sequence and head."""
 
+    lse: Any  # pointer to [B, Hq, Sq] fp32
+    scale_log2: Any  # scale * log2(e), not negative
+    lse_of_empty: Any  # lse of rows without keys
     queries: Any  # Sq
     keys: Any  # Sk
+    heads: Any  # Hq
     group: Any  # Hq // Hkv
 
 
@@ -110,23 +114,52 @@ def draw(counter, grid):
     return drawn + gl.num_programs(0)
 
 
+class Board(NamedTuple):
+    """What the producer tells the consumers: where in the grid the next tile lies.
+
+    Once for all of them, since finding out takes half a dozen divisions.
+    """
+
+    block: Any  # [2, 1] int32 in shared memory; -1: no tile is left
+    batch: Any
+    head: Any
+    ring: Any
+
+
 @gluon.jit
-def publish(tile, board, ring, slot, phase):
-    """Tell the consumers which tile comes next. Called by one warp."""
+def make_board(CONSUMERS: gl.constexpr):
+    """A board with room for this tile and the next."""
+    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return Board(
+        gl.allocate_shared_memory(gl.int32, [2, 1], word),
+        gl.allocate_shared_memory(gl.int32, [2, 1], word),
+        gl.allocate_shared_memory(gl.int32, [2, 1], word),
+        make_ring(2, CONSUMERS),
+    )
+
+
+@gluon.jit
+def publish(board, slot, phase, block, batch, head):
+    """Write where the next tile lies. Called by one warp."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(ring.empty.index(slot), phase ^ 1)
-    board.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
-    mbarrier.arrive(ring.full.index(slot), count=1)
+    zero = gl.full([1], 0, gl.int32, layout)
+    mbarrier.wait(board.ring.empty.index(slot), phase ^ 1)
+    board.block.index(slot).store(zero + block)
+    board.batch.index(slot).store(zero + batch)
+    board.head.index(slot).store(zero + head)
+    mbarrier.arrive(board.ring.full.index(slot), count=1)
 
 
 @gluon.jit
-def published(board, ring, slot, phase):
-    """The tile that comes next, as the producer says. Called by one warp group."""
+def published(board, slot, phase):
+    """(block, batch, head) of the next tile. Called by one warp group."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(ring.full.index(slot), phase)
-    tile = gl.max(board.index(slot).load(layout), 0)
-    mbarrier.arrive(ring.empty.index(slot), count=1)
-    return tile
+    mbarrier.wait(board.ring.full.index(slot), phase)
+    block = gl.max(board.block.index(slot).load(layout), 0)
+    batch = gl.max(board.batch.index(slot).load(layout), 0)
+    head = gl.max(board.head.index(slot).load(layout), 0)
+    mbarrier.arrive(board.ring.empty.index(slot), count=1)
+    return block, batch, head
 
 
 @gluon.jit
@@ -146,16 +179,16 @@ def place(tile, grid):
 
 
 @gluon.jit
-def blocks_seen(row, COUNT: gl.constexpr, sizes, N: gl.constexpr, CAUSAL: gl.constexpr):
+def blocks_seen(row, COUNT: gl.constexpr, problem, N: gl.constexpr, CAUSAL: gl.constexpr):
     """(seen, whole): blocks of N keys that rows `row ... row + COUNT` see, and those seen whole.
 
     Counted from the first key. Never less than one is seen, so that rows without keys need no
     code of their own.
     """
-    seen = sizes.keys
-    whole = sizes.keys
+    seen = problem.keys
+    whole = problem.keys
     if CAUSAL:
-        shift = sizes.keys - sizes.queries
+        shift = problem.keys - problem.queries
         seen = gl.minimum(seen, row + COUNT + shift)
         whole = gl.maximum(gl.minimum(whole, row + 1 + shift), 0)
     return gl.maximum((seen + N - 1) // N, 1), whole // N

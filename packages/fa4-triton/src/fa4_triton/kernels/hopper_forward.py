@@ -25,12 +25,13 @@ from fa4_triton.kernels.hopper import (
     LN_2,
     ROWS,
     Grid,
+    Problem,
     Ring,
-    Sizes,
     blocks_seen,
     draw,
     following,
     make_barriers,
+    make_board,
     make_ring,
     pass_turn,
     place,
@@ -75,8 +76,6 @@ class Config:
         return self.m // 64
 
 
-BOARD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
 # [ROWS, 4]: of 16 rows a warp, rows i and i + 8 belong to 4 lanes, as in a matrix product's result.
 LANES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -89,22 +88,16 @@ LANES = gl.constexpr(
 )
 
 
-class Blocks(NamedTuple):
-    """Shared memory."""
+class Memory(NamedTuple):
+    """Shared memory: blocks, and the barriers of each kind of block."""
 
     q: Any  # [consumers, ROWS, D]
     k: Any  # [stages, N, D]
     v: Any  # like k
     o: Any  # like q, or q itself
-    board: Any  # [2, 1] int32, the tile that comes next
-
-
-class Rings(NamedTuple):
-    """Barriers of the blocks; Q has a slot a consumer."""
-
-    q: Any
-    k: Any
-    v: Any
+    q_ring: Any  # a slot a consumer
+    k_ring: Any
+    v_ring: Any
     board: Any
 
 
@@ -122,10 +115,9 @@ def _producer(
     k_desc,
     v_desc,
     counter,
-    blocks,
-    rings,
+    memory,
     grid,
-    sizes,
+    problem,
     config: gl.constexpr,
 ):
     """Copy Q, and K and V block by block, of every tile of this program."""
@@ -142,33 +134,34 @@ def _producer(
     tile = gl.program_id(0)
     while tile < grid.tiles:
         block, batch, head = place(tile, grid)
-        head_kv = head // sizes.group
-        seen, _ = blocks_seen(block * M, M, sizes, N, config.causal)
+        publish(memory.board, board_slot, board_phase, block, batch, head)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        head_kv = head // problem.group
+        seen, _ = blocks_seen(block * M, M, problem, N, config.causal)
         key = (seen - 1) * N
-        k_block = blocks.k.index(slot).reshape(k_shape)
-        _load(k_desc, batch, head_kv, key, rings.k, slot, phase, k_block)
+        k_block = memory.k.index(slot).reshape(k_shape)
+        _load(k_desc, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
         for who in gl.static_range(CONSUMERS):
-            q_block = blocks.q.index(who).reshape(q_shape)
-            _load(q_desc, batch, head, block * M + who * ROWS, rings.q, who, q_phase, q_block)
-        v_block = blocks.v.index(slot).reshape(k_shape)
-        _load(v_desc, batch, head_kv, key, rings.v, slot, phase, v_block)
+            q_block = memory.q.index(who).reshape(q_shape)
+            _load(q_desc, batch, head, block * M + who * ROWS, memory.q_ring, who, q_phase, q_block)
+        v_block = memory.v.index(slot).reshape(k_shape)
+        _load(v_desc, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
         slot, phase = following(slot, phase, config.stages)
         for index in range(1, seen):
             key = (seen - 1 - index) * N
-            k_block = blocks.k.index(slot).reshape(k_shape)
-            _load(k_desc, batch, head_kv, key, rings.k, slot, phase, k_block)
-            v_block = blocks.v.index(slot).reshape(k_shape)
-            _load(v_desc, batch, head_kv, key, rings.v, slot, phase, v_block)
+            k_block = memory.k.index(slot).reshape(k_shape)
+            _load(k_desc, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
+            v_block = memory.v.index(slot).reshape(k_shape)
+            _load(v_desc, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
             slot, phase = following(slot, phase, config.stages)
         q_phase ^= 1
         if config.drawn:
             # Not before all of this tile is on its way: who draws early keeps a long tile from a
             # program that has nothing to do. The blocks under way hide the counter's latency.
             tile = draw(counter, grid)
-            publish(tile, blocks.board, rings.board, board_slot, board_phase)
-            board_slot, board_phase = following(board_slot, board_phase, 2)
         else:
             tile += gl.num_programs(0)
+    publish(memory.board, board_slot, board_phase, -1, 0, 0)
 
 
 @gluon.jit
@@ -238,8 +231,7 @@ def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.c
 @gluon.jit
 def _step(
     q,
-    blocks,
-    rings,
+    memory,
     slot,
     phase,
     p,
@@ -260,22 +252,22 @@ def _step(
     v_slot = slot
     v_phase = phase
     slot, phase = following(slot, phase, config.stages)
-    mbarrier.wait(rings.k.full.index(slot), phase)
+    mbarrier.wait(memory.k_ring.full.index(slot), phase)
     take_turn(WHO)
     N: gl.constexpr = config.n
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     zeros = gl.zeros([ROWS, N], gl.float32, s_layout)
-    k_block = blocks.k.index(slot).permute((1, 0))
+    k_block = memory.k.index(slot).permute((1, 0))
     s = warpgroup_mma(q, k_block, zeros, use_acc=False, is_async=True)
-    mbarrier.wait(rings.v.full.index(v_slot), v_phase)
-    acc = warpgroup_mma(p, blocks.v.index(v_slot), acc, is_async=True)
+    mbarrier.wait(memory.v_ring.full.index(v_slot), v_phase)
+    acc = warpgroup_mma(p, memory.v.index(v_slot), acc, is_async=True)
     pass_turn(WHO, config.consumers)
     s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(rings.k.empty.index(slot), count=1)
+    mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
     new_p, maximum, total, rescale = _softmax(s, maximum, total, scale_log2, limit, N, MASKED)
     p = gl.convert_layout(new_p.to(p.dtype), p.type.layout)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(rings.v.empty.index(v_slot), count=1)
+    mbarrier.arrive(memory.v_ring.empty.index(v_slot), count=1)
     o_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     acc = acc * gl.expand_dims(gl.convert_layout(rescale, o_rows), 1)
     return slot, phase, p, acc, maximum, total
@@ -285,13 +277,8 @@ def _step(
 def _consumer(
     out_desc,
     sources,
-    lse,
-    blocks,
-    rings,
-    grid,
-    sizes,
-    scale_log2,
-    lse_of_empty,
+    memory,
+    problem,
     WHO: gl.constexpr,
     config: gl.constexpr,
 ):
@@ -306,8 +293,8 @@ def _consumer(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     total_layout: gl.constexpr = LANES
     MASKED: gl.constexpr = config.causal or config.tail
-    q = blocks.q.index(WHO)
-    o_block = blocks.o.index(WHO)
+    q = memory.q.index(WHO)
+    o_block = memory.o.index(WHO)
     if config.consumers - 1 == WHO:
         pass_turn(WHO, config.consumers)
     slot = 0
@@ -315,42 +302,41 @@ def _consumer(
     q_phase = 0
     board_slot = 0
     board_phase = 0
-    tile = gl.program_id(0)
-    while tile < grid.tiles:
-        block, batch, head = place(tile, grid)
+    block, batch, head = published(memory.board, board_slot, board_phase)
+    while block >= 0:
         row = block * M + WHO * ROWS
         rows = row + gl.arange(0, ROWS, row_layout)
-        limit = gl.zeros([ROWS], gl.int32, row_layout) + sizes.keys
+        limit = gl.zeros([ROWS], gl.int32, row_layout) + problem.keys
         if CAUSAL:
-            limit = gl.minimum(limit, rows + (1 + sizes.keys - sizes.queries))
-        brought, _ = blocks_seen(block * M, M, sizes, N, CAUSAL)
-        seen, whole = blocks_seen(row, ROWS, sizes, N, CAUSAL)
+            limit = gl.minimum(limit, rows + (1 + problem.keys - problem.queries))
+        brought, _ = blocks_seen(block * M, M, problem, N, CAUSAL)
+        seen, whole = blocks_seen(row, ROWS, problem, N, CAUSAL)
         if CAUSAL:
             # Blocks that only consumers of later rows see.
             for _ in range(brought - seen):
                 take_turn(WHO)
                 pass_turn(WHO, config.consumers)
-                mbarrier.wait(rings.k.full.index(slot), phase)
-                mbarrier.arrive(rings.k.empty.index(slot), count=1)
-                mbarrier.wait(rings.v.full.index(slot), phase)
-                mbarrier.arrive(rings.v.empty.index(slot), count=1)
+                mbarrier.wait(memory.k_ring.full.index(slot), phase)
+                mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
+                mbarrier.wait(memory.v_ring.full.index(slot), phase)
+                mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
                 slot, phase = following(slot, phase, config.stages)
 
-        mbarrier.wait(rings.q.full.index(WHO), q_phase)
-        mbarrier.wait(rings.k.full.index(slot), phase)
+        mbarrier.wait(memory.q_ring.full.index(WHO), q_phase)
+        mbarrier.wait(memory.k_ring.full.index(slot), phase)
         take_turn(WHO)
         zeros = gl.zeros([ROWS, N], gl.float32, s_layout)
-        k_block = blocks.k.index(slot).permute((1, 0))
+        k_block = memory.k.index(slot).permute((1, 0))
         s = warpgroup_mma(q, k_block, zeros, use_acc=False, is_async=True)
         pass_turn(WHO, config.consumers)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
         maximum = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS, 4], gl.float32, total_layout)
         s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(rings.k.empty.index(slot), count=1)
+        mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
         last = seen - 1
         first_p, maximum, total, _ = _softmax(
-            s, maximum, total, scale_log2, limit - last * N, N, MASKED
+            s, maximum, total, problem.scale_log2, limit - last * N, N, MASKED
         )
         p = gl.convert_layout(first_p.to(out_desc.dtype), p_layout)
         if CAUSAL:
@@ -358,15 +344,14 @@ def _consumer(
                 key = (last - index) * N
                 slot, phase, p, acc, maximum, total = _step(
                     q,
-                    blocks,
-                    rings,
+                    memory,
                     slot,
                     phase,
                     p,
                     acc,
                     maximum,
                     total,
-                    scale_log2,
+                    problem.scale_log2,
                     limit - key,
                     WHO,
                     config,
@@ -378,33 +363,32 @@ def _consumer(
         for _ in range(unmasked):
             slot, phase, p, acc, maximum, total = _step(
                 q,
-                blocks,
-                rings,
+                memory,
                 slot,
                 phase,
                 p,
                 acc,
                 maximum,
                 total,
-                scale_log2,
+                problem.scale_log2,
                 limit,
                 WHO,
                 config,
                 False,
             )
         if config.own_o:
-            mbarrier.arrive(rings.q.empty.index(WHO), count=1)
-        mbarrier.wait(rings.v.full.index(slot), phase)
-        acc = warpgroup_mma(p, blocks.v.index(slot), acc, is_async=True)
+            mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
+        mbarrier.wait(memory.v_ring.full.index(slot), phase)
+        acc = warpgroup_mma(p, memory.v.index(slot), acc, is_async=True)
         total = gl.convert_layout(gl.sum(total, 1), row_layout, assert_trivial=True)
         empty = total == 0.0  # no key seen; a row of NaN scores has a total of NaN
         inverse = gl.where(empty, 0.0, 1.0 / total)
         lse_log2 = maximum + gl.log2(total)
-        lse_values = gl.where(empty, lse_of_empty, lse_log2 * LN_2)
-        lse_rows = lse + (batch.to(gl.int64) * grid.heads + head) * sizes.queries
-        gl.store(lse_rows + rows, lse_values, mask=rows < sizes.queries)
+        lse_values = gl.where(empty, problem.lse_of_empty, lse_log2 * LN_2)
+        lse_rows = problem.lse + (batch.to(gl.int64) * problem.heads + head) * problem.queries
+        gl.store(lse_rows + rows, lse_values, mask=rows < problem.queries)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(rings.v.empty.index(slot), count=1)
+        mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
         slot, phase = following(slot, phase, config.stages)
         inverse = gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))
         if config.own_o:
@@ -417,14 +401,12 @@ def _consumer(
                 repair(
                     o_block,
                     source_in(sources, 0, batch, head, out_desc.dtype),
-                    source_in(sources, 1, batch, head // sizes.group, out_desc.dtype),
-                    source_in(sources, 2, batch, head // sizes.group, out_desc.dtype),
+                    source_in(sources, 1, batch, head // problem.group, out_desc.dtype),
+                    source_in(sources, 2, batch, head // problem.group, out_desc.dtype),
                     gl.convert_layout(gl.where(empty, 0.0, lse_log2), product_rows),
                     row,
-                    sizes.keys - sizes.queries,
-                    sizes,
+                    problem,
                     out_desc.shape[3],
-                    scale_log2,
                     D,
                 )
         fence_async_shared()
@@ -433,13 +415,10 @@ def _consumer(
         )
         if not config.own_o:
             tma.store_wait(0)
-            mbarrier.arrive(rings.q.empty.index(WHO), count=1)
+            mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
         q_phase ^= 1
-        if config.drawn:
-            tile = published(blocks.board, rings.board, board_slot, board_phase)
-            board_slot, board_phase = following(board_slot, board_phase, 2)
-        else:
-            tile += gl.num_programs(0)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head = published(memory.board, board_slot, board_phase)
     tma.store_wait(0)
 
 
@@ -496,52 +475,20 @@ def hopper_forward_kernel(
     q_ring = Ring(make_barriers(CONSUMERS, 1), make_barriers(CONSUMERS, 1))
     k_ring = make_ring(config.stages, CONSUMERS)
     v_ring = make_ring(config.stages, CONSUMERS)
-    board = gl.allocate_shared_memory(gl.int32, [2, 1], BOARD)
+    memory = Memory(q_smem, k_smem, v_smem, o_smem, q_ring, k_ring, v_ring, make_board(CONSUMERS))
     if config.causal:  # noqa: SIM108  # only the branch taken is compiled
         sources = make_table((q, k, v), (q_desc, k_desc, v_desc))
     else:
-        sources = board  # nothing is repaired
-    blocks = Blocks(q_smem, k_smem, v_smem, o_smem, board)
-    rings = Rings(q_ring, k_ring, v_ring, make_ring(2, CONSUMERS))
+        sources = lse  # nothing is repaired
     fence_async_shared()
     grid = Grid(tiles, blocks_of_rows, section, heads, heads_total)
-    sizes = Sizes(seq_len_q, seq_len_k, group)
+    problem = Problem(lse, scale_log2, lse_of_empty, seq_len_q, seq_len_k, heads, group)
     if config.consumers == 2:
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (
-                        out_desc,
-                        sources,
-                        lse,
-                        blocks,
-                        rings,
-                        grid,
-                        sizes,
-                        scale_log2,
-                        lse_of_empty,
-                        0,
-                        config,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        out_desc,
-                        sources,
-                        lse,
-                        blocks,
-                        rings,
-                        grid,
-                        sizes,
-                        scale_log2,
-                        lse_of_empty,
-                        1,
-                        config,
-                    ),
-                ),
-                (_producer, (q_desc, k_desc, v_desc, counter, blocks, rings, grid, sizes, config)),
+                (_consumer, (out_desc, sources, memory, problem, 0, config)),
+                (_consumer, (out_desc, sources, memory, problem, 1, config)),
+                (_producer, (q_desc, k_desc, v_desc, counter, memory, grid, problem, config)),
             ],
             [4, 1],
             [config.consumer_registers, config.producer_registers],
@@ -549,55 +496,10 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    _consumer,
-                    (
-                        out_desc,
-                        sources,
-                        lse,
-                        blocks,
-                        rings,
-                        grid,
-                        sizes,
-                        scale_log2,
-                        lse_of_empty,
-                        0,
-                        config,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        out_desc,
-                        sources,
-                        lse,
-                        blocks,
-                        rings,
-                        grid,
-                        sizes,
-                        scale_log2,
-                        lse_of_empty,
-                        1,
-                        config,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        out_desc,
-                        sources,
-                        lse,
-                        blocks,
-                        rings,
-                        grid,
-                        sizes,
-                        scale_log2,
-                        lse_of_empty,
-                        2,
-                        config,
-                    ),
-                ),
-                (_producer, (q_desc, k_desc, v_desc, counter, blocks, rings, grid, sizes, config)),
+                (_consumer, (out_desc, sources, memory, problem, 0, config)),
+                (_consumer, (out_desc, sources, memory, problem, 1, config)),
+                (_consumer, (out_desc, sources, memory, problem, 2, config)),
+                (_producer, (q_desc, k_desc, v_desc, counter, memory, grid, problem, config)),
             ],
             [4, 4, 1],
             [config.consumer_registers, config.consumer_registers, config.producer_registers],

@@ -113,7 +113,7 @@ def _scores(q, k, row, key, rows_end, keys_end, head_dim):
 
 
 @gluon.jit
-def repair(out, q, k, v, lse_log2, row, shift, sizes, head_dim, scale_log2, D: gl.constexpr):
+def repair(out, q, k, v, lse_log2, row, problem, head_dim, D: gl.constexpr):
     """Put right what unseen values made NaN in `out`, under a causal mask.
 
     First mark the elements that do see something not finite: they stand. If a NaN is left, multiply
@@ -126,23 +126,22 @@ def repair(out, q, k, v, lse_log2, row, shift, sizes, head_dim, scale_log2, D: g
         v: See q.
         lse_log2: [ROWS] fp32 by rows of `PRODUCT`; finite.
         row: Of the first row of `out`.
-        shift: Sk - Sq.
-        sizes: `Sizes`.
+        problem: `Problem`.
         head_dim: Columns in use.
-        scale_log2: scale * log2(e).
         D: Columns of `out`.
     """
+    shift = problem.keys - problem.queries
     left_rows = _indices(ROWS, gl.SliceLayout(1, LEFT))
     left_keys = gl.expand_dims(_indices(KEYS, gl.SliceLayout(0, LEFT)), 0)
     rows = _indices(ROWS, gl.SliceLayout(1, PRODUCT))
     keys = gl.expand_dims(_indices(KEYS, gl.SliceLayout(0, PRODUCT)), 0)
-    end = gl.minimum(row + ROWS + shift, sizes.keys)
+    end = gl.minimum(row + ROWS + shift, problem.keys)
     for part in gl.static_range(D // COLUMNS):
         block = out.slice(part * COLUMNS, COLUMNS, 1)
         marks = gl.zeros([ROWS, COLUMNS], gl.float32, PRODUCT)
         for key in range(0, end, KEYS):
             seen = left_keys <= gl.expand_dims(left_rows + (row + shift - key), 1)
-            values = _values(v, key, part * COLUMNS, sizes.keys, head_dim)
+            values = _values(v, key, part * COLUMNS, problem.keys, head_dim)
             infinite = gl.where(_finite(values), 0.0, 1.0).to(out.dtype)
             marks = mma_v2(gl.where(seen, 1.0, 0.0).to(out.dtype), infinite, marks)
         stored = block.load(PRODUCT)
@@ -150,11 +149,14 @@ def repair(out, q, k, v, lse_log2, row, shift, sizes, head_dim, scale_log2, D: g
         if gl.max(gl.max(wrong.to(gl.int32), 1), 0) > 0:
             acc = gl.zeros([ROWS, COLUMNS], gl.float32, PRODUCT)
             for key in range(0, end, KEYS):
-                s = _scores(q, k, row, key, sizes.queries, sizes.keys, head_dim) * scale_log2
+                s = (
+                    _scores(q, k, row, key, problem.queries, problem.keys, head_dim)
+                    * problem.scale_log2
+                )
                 seen = keys <= gl.expand_dims(rows + (row + shift - key), 1)
                 s = gl.where(seen, s, float("-inf"))
                 p = gl.exp2(s - gl.expand_dims(lse_log2, 1)).to(out.dtype)
-                values = _values(v, key, part * COLUMNS, sizes.keys, head_dim)
+                values = _values(v, key, part * COLUMNS, problem.keys, head_dim)
                 values = gl.where(_finite(values), values.to(gl.float32), 0.0).to(out.dtype)
                 acc = mma_v2(gl.convert_layout(p, LEFT), values, acc)
             block.store(gl.where(wrong, acc, stored.to(gl.float32)).to(out.dtype))
