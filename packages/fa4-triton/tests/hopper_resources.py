@@ -50,10 +50,12 @@ class Loop:
         order: What matters of it, in order: `PRODUCT` and `EXP` (runs of them are one), `WAIT n`
             until at most n groups of products are under way.
         local: Loads and stores of spilled registers.
+        length: Instructions.
     """
 
     order: tuple[str, ...]
     local: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,11 @@ def product_loops(code: Sequence[str]) -> Iterator[Loop]:
         ):
             continue
         body = [code[at] for at in span]
-        yield Loop(tuple(_order(body)), sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body))
+        yield Loop(
+            tuple(_order(body)),
+            local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body),
+            length=sum(_INSTRUCTION.match(text) is not None for text in body),
+        )
 
 
 def _order(body: Iterable[str]) -> Iterator[str]:
@@ -253,7 +259,9 @@ def _written(name: str, target: str) -> set[int]:
 def record_of(entry: dict[str, Any]) -> Record:
     """The record that `--json` printed as `entry`."""
     case = Case(**{**entry["case"], "tile": HopperTile(**entry["case"]["tile"])})
-    loops = tuple(Loop(tuple(loop["order"]), loop["local"]) for loop in entry["loops"])
+    loops = tuple(
+        Loop(tuple(loop["order"]), loop["local"], loop["length"]) for loop in entry["loops"]
+    )
     lists = {name: tuple(entry[name]) for name in ("advisories", "hazards")}
     return Record(**{**entry, **lists, "loops": loops, "case": case})
 

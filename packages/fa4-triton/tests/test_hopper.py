@@ -42,7 +42,7 @@ def contiguous(asked: Request) -> tuple[tuple[int, ...], ...]:
 
 
 def obstacle(asked: Request, **changes: Any) -> str | None:
-    given = {"strides": contiguous(asked), "alignment": 0b1111, "negative_scale": False}
+    given = {"strides": contiguous(asked), "alignment": 0b1111, "small_scale": False}
     return why_not_this_call(asked, **{**given, **changes})
 
 
@@ -120,7 +120,7 @@ def test_packed_sequences_are_a_situation_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("asked", "changes", "reason"),
     [
-        (request(), {"negative_scale": True}, "negative scale"),
+        (request(), {"small_scale": True}, "a scale that is zero"),
         (request(query_shape=(2, 0, 8, 64)), {}, "no queries"),
         (request(key_shape=(2, 0, 2, 64)), {}, "no keys"),
         (request(query_shape=(2, FEWEST_ROWS - 1, 8, 64)), {}, "fewer than 64 queries"),

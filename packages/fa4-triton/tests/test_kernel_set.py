@@ -119,7 +119,8 @@ def given_tensors(given: Any) -> tuple[Any, Any, Any]:
     [
         ({"lengths": (100, 130), "layout": "odd strides"}, {}, "no multiples of 16 bytes"),
         ({"lengths": (100, 130)}, {"window_left": 5}, "a window"),
-        ({"lengths": (100, 130)}, {"scale": -0.5}, "a negative scale"),
+        ({"lengths": (100, 130)}, {"scale": -0.5}, "or negative"),
+        ({"lengths": (100, 130)}, {"scale": 0.0}, "a scale that is zero"),
         ({"lengths": (10, 130)}, {}, "fewer than 64 queries"),
         ({"lengths": (100, 130), "head_dim": 16}, {}, "head_dim 16"),
     ],

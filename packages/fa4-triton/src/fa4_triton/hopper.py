@@ -183,8 +183,12 @@ def situation_of(
     )
 
 
+SMALLEST_SCALE = 1e-30
+"""The kernels scale what is masked, -inf, which a scale that rounds to zero would make NaN."""
+
+
 def why_not_this_call(
-    request: Request, strides: tuple[Strides, ...], alignment: int, negative_scale: bool
+    request: Request, strides: tuple[Strides, ...], alignment: int, small_scale: bool
 ) -> str | None:
     """Why a dense call that the table gives to the Hopper forward cannot go there, or None.
 
@@ -192,10 +196,10 @@ def why_not_this_call(
         request: What.
         strides: Of query, key, value and out, [B, S, H, D].
         alignment: Bit i: tensor i starts at a multiple of 16 bytes.
-        negative_scale: Whether the scale is below zero.
+        small_scale: Whether the scale is not over `SMALLEST_SCALE`.
     """
-    if negative_scale:
-        return "a negative scale"
+    if small_scale:
+        return "a scale that is zero, or nearly, or negative"
     if 0 in request.query_shape or 0 in request.key_shape:
         return "no queries or no keys"
     if request.query_shape[1] < FEWEST_ROWS:

@@ -11,6 +11,7 @@ import triton
 
 from fa4_triton import interpreter
 from fa4_triton.hopper import (
+    SMALLEST_SCALE,
     HopperPlan,
     choose,
     plan_hopper_forward,
@@ -95,7 +96,7 @@ def _hopper_forward_of(
     request: Request,
     strides: tuple[Strides, ...],
     alignment: int,
-    negative_scale: bool,
+    small_scale: bool,
 ) -> tuple[Any, HopperPlan] | str:
     """(compiled kernel, plan) of the Hopper forward, or why the portable one serves."""
     device = _device(device_index)
@@ -108,7 +109,7 @@ def _hopper_forward_of(
         gluon=why_no_gluon() if device.architecture == "hopper" else None,
     )
     choice = choose(situation)
-    reason = choice.reason or why_not_this_call(request, strides, alignment, negative_scale)
+    reason = choice.reason or why_not_this_call(request, strides, alignment, small_scale)
     if reason is not None:
         return reason
     from fa4_triton.hopper_launch import config_of
@@ -182,7 +183,7 @@ def _launch_hopper_forward(
         request_of(call),
         tuple([tensor.stride() for tensor in operands]),
         _alignment(pointers),
-        call.scale < 0,
+        not call.scale > SMALLEST_SCALE,
     )
     if isinstance(chosen, str):
         count_kernel(f"fa4-triton's portable forward: {chosen}")

@@ -203,22 +203,17 @@ def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.c
         s: Unscaled.
         maximum: [ROWS], of the scaled scores so far, log2.
         total: [ROWS, 4], sum of P so far, a lane's columns each.
-        scale_log2: scale * log2(e), not negative.
+        scale_log2: scale * log2(e), positive: times zero, a hidden -inf would be NaN.
         limit: [ROWS], how many of the block's keys each row sees; MASKED only.
         N: Keys.
         MASKED: Whether some row does not see some key.
     """
     if MASKED:
-        # Scaled before it is masked: -inf times a scale of zero would be NaN.
-        s = _hide(s * scale_log2, limit, N)
-        new_maximum = gl.maximum(maximum, gl.max(s, 1))
-        # A row that has seen no key yet subtracts 0, not -inf: its P is exp2(-inf) = 0.
-        offset = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        p = gl.exp2(s - gl.expand_dims(offset, 1))
-    else:
-        new_maximum = gl.maximum(maximum, gl.max(s, 1) * scale_log2)
-        offset = new_maximum
-        p = gl.exp2(s * scale_log2 - gl.expand_dims(offset, 1))
+        s = _hide(s, limit, N)
+    new_maximum = gl.maximum(maximum, gl.max(s, 1) * scale_log2)
+    # A row that has seen no key yet subtracts 0, not -inf: its P is exp2(-inf) = 0.
+    offset = gl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(offset, 1))
     rescale = gl.exp2(maximum - offset)
     # Each lane sums its columns only; all lanes together are summed once, at the end.
     sums = gl.sum(gl.sum(_by_lane(p, N), 3), 1)
@@ -226,6 +221,45 @@ def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.c
     total = total * gl.expand_dims(gl.convert_layout(rescale, total_rows, assert_trivial=True), 1)
     sums = gl.convert_layout(sums, total.type.layout, assert_trivial=True)
     return p, new_maximum, total + sums, rescale
+
+
+@gluon.jit
+def _first_softmax(
+    s,
+    limit,
+    scale_log2,
+    dtype: gl.constexpr,
+    config: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """(P, maximum, total) of a tile's first block; with HALF no row sees its second half."""
+    N: gl.constexpr = config.n
+    MASKED: gl.constexpr = config.causal or config.tail
+    layout: gl.constexpr = s.type.layout
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, rows)
+    total = gl.zeros([ROWS, 4], gl.float32, LANES)
+    if HALF:
+        half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+        half_rows: gl.constexpr = gl.SliceLayout(1, half)
+        first, _ = gl.split(s.reshape([ROWS, 2, N // 2]).permute((0, 2, 1)))
+        p, maximum, total, _ = _softmax(
+            gl.convert_layout(first, half, assert_trivial=True),
+            gl.convert_layout(maximum, half_rows, assert_trivial=True),
+            total,
+            scale_log2,
+            gl.convert_layout(limit, half_rows, assert_trivial=True),
+            N // 2,
+            MASKED,
+        )
+        maximum = gl.convert_layout(maximum, rows, assert_trivial=True)
+        p = p.to(dtype)
+        p = gl.join(p, gl.zeros_like(p)).permute((0, 2, 1)).reshape([ROWS, N])
+        p = gl.convert_layout(p, layout, assert_trivial=True)
+    else:
+        p, maximum, total, _ = _softmax(s, maximum, total, scale_log2, limit, N, MASKED)
+        p = p.to(dtype)
+    return p, maximum, total
 
 
 @gluon.jit
@@ -291,8 +325,6 @@ def _consumer(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    total_layout: gl.constexpr = LANES
-    MASKED: gl.constexpr = config.causal or config.tail
     q = memory.q.index(WHO)
     o_block = memory.o.index(WHO)
     if config.consumers - 1 == WHO:
@@ -330,15 +362,31 @@ def _consumer(
         s = warpgroup_mma(q, k_block, zeros, use_acc=False, is_async=True)
         pass_turn(WHO, config.consumers)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        maximum = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        total = gl.zeros([ROWS, 4], gl.float32, total_layout)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
         last = seen - 1
-        first_p, maximum, total, _ = _softmax(
-            s, maximum, total, problem.scale_log2, limit - last * N, N, MASKED
-        )
-        p = gl.convert_layout(first_p.to(out_desc.dtype), p_layout)
+        first_limit = limit - last * N
+        dtype: gl.constexpr = out_desc.dtype
+        if CAUSAL and N > ROWS:
+            # Every second warp group sees half of its last block: 64 rows of 128 keys.
+            if row + ROWS + problem.keys - problem.queries - last * N <= N // 2:
+                p, maximum, total = _first_softmax(
+                    s, first_limit, problem.scale_log2, dtype, config, True
+                )
+            else:
+                p, maximum, total = _first_softmax(
+                    s, first_limit, problem.scale_log2, dtype, config, False
+                )
+        else:
+            p, maximum, total = _first_softmax(
+                s, first_limit, problem.scale_log2, dtype, config, False
+            )
+        p = gl.convert_layout(p, p_layout)
+        if CAUSAL:
+            # An opaque move of P. Without it ptxas keeps P of the two loops below in different
+            # registers from P here, and copies it in every step: 64 instructions of 470 at D 64.
+            # What two branches may have written it does not keep under way at all (C7513).
+            p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, False, 2)
         if CAUSAL:
             for index in range(1, seen - whole):
                 key = (last - index) * N
@@ -448,7 +496,7 @@ def hopper_forward_kernel(
     v,
     lse,  # fp32 [B, Hq, Sq], natural log
     counter,  # int32, zero before and after; unused where tiles are dealt
-    scale_log2,  # scale * log2(e), not negative
+    scale_log2,  # scale * log2(e), positive
     lse_of_empty,
     heads,  # Hq
     group,  # Hq // Hkv
