@@ -105,7 +105,11 @@ def runner(kernel: Kernel, shape: Tile, inputs: Inputs) -> tuple[Callable[[], No
     scale = inputs.problem.head_dim**-0.5
     request = Request(q.shape, k.shape, inputs.problem.causal, None, None, None)
     properties = torch.cuda.get_device_properties(0)
-    device = Device(architecture((properties.major, properties.minor)), properties.L2_cache_size)
+    device = Device(
+        architecture((properties.major, properties.minor)),
+        properties.L2_cache_size,
+        properties.multi_processor_count,
+    )
 
     def poisoned(like: Tensor) -> Tensor:
         return torch.full_like(like, math.nan)

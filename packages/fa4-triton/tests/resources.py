@@ -70,7 +70,7 @@ class Case:
         plan = plan_queries if self.kernel in ("forward", "dq") else plan_key_gradients
         return plan(
             self.kernel,
-            Device(architecture(divmod(self.capability, 10)), l2_bytes=1 << 25),
+            Device(architecture(divmod(self.capability, 10)), l2_bytes=1 << 25, multiprocessors=1),
             request,
             (strides,) * (4 if self.kernel == "forward" else 6),
             alignment=-1,

@@ -16,7 +16,7 @@ from fa4_triton.kernel_set import TritonKernels
 from flash_attention_registry.sdpa import AttentionCall
 
 HEAD_DIMS = (64, 80, 128, 192, 256)
-LENGTHS = ((97, 97), (33, 130), (130, 33), (1, 70))
+LENGTHS = ((97, 97), (33, 130), (130, 33), (1, 70), (300, 500))
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -46,11 +46,12 @@ def main() -> None:
             k, v = randn(1, seq_len_k, 1, head_dim), randn(1, seq_len_k, 1, head_dim)
             call = AttentionCall(q, k, v, head_dim**-0.5, causal=True)
             run(call)
+            run(call._replace(causal=False))
             run(call._replace(causal=False, window_left=20, window_right=9))
             v[:, -1, :, 3] = torch.inf
             k[:, -2] = torch.nan
             run(call)
-            calls += 3
+            calls += 4
         q, k, v = randn(103, 2, head_dim), randn(60, 2, head_dim), randn(60, 2, head_dim)
         packed = AttentionCall(
             q,

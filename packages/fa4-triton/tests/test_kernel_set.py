@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from fa4_triton import kernel_set
 from fa4_triton.kernel_set import TritonKernels
-from flash_attention_registry.sdpa import AttentionCall, KernelSet
+from fa4_triton.plan import Device
+from flash_attention_registry.sdpa import (
+    AttentionCall,
+    KernelSet,
+    dispatch_counts,
+    reset_dispatch_counts,
+)
 
 
 def test_the_kernel_set_has_every_part_of_one() -> None:
@@ -57,9 +65,87 @@ def test_memory_of_these_tests_is_nan_until_written(
     inputs: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the tests above would not see an element that nobody wrote."""
+    from fa4_triton.hopper_launch import HopperForward
     from fa4_triton.launch import Variant
 
     monkeypatch.setattr(Variant, "launch", lambda *_: None)
+    monkeypatch.setattr(HopperForward, "launch", lambda *_: None)
     result = run(inputs())
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert getattr(result, name).isnan().all(), name
+
+
+class Launches(list[Any]):
+    """Stands for compiled Hopper kernels, and writes nothing."""
+
+    def launch(self, *arguments: Any) -> None:
+        self.append(arguments)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[Launches]:
+    """Kernel sets take this device for a Hopper GPU; what would be launched there."""
+    if device == "cuda":
+        pytest.skip("pretends on the CPU")
+    launches = Launches()
+    hopper = Device("hopper", l2_bytes=50 << 20, multiprocessors=132)
+    monkeypatch.setattr(kernel_set, "_device", lambda index: hopper)
+    monkeypatch.setattr(kernel_set, "_hopper_variant", lambda config, dtype: launches)
+    reset_dispatch_counts()
+    kernel_set._hopper_forward_of.cache_clear()
+    yield launches
+    kernel_set._hopper_forward_of.cache_clear()
+    reset_dispatch_counts()
+
+
+def test_a_hopper_gpu_runs_the_hopper_forward(inputs: Any, on_hopper: Launches) -> None:
+    given = inputs(lengths=(100, 130), heads=(4, 2))
+    call = AttentionCall(given.query, given.key, given.value, 0.5, True, lse_of_empty_rows=7.0)
+    out, lse = TritonKernels().forward(call)
+    ((index, plan, tensors, pointers, floats),) = on_hopper
+    assert (index, plan.causal, plan.programs) == (-1, True, 4)
+    assert pointers == [one.data_ptr() for one in (*given_tensors(given), out, lse)]
+    assert [one.data_ptr() for one in tensors] == pointers
+    assert floats == (pytest.approx(0.5 / math.log(2)), 7.0)
+    assert dispatch_counts().kernels == {"fa4-triton's Hopper forward": 1}
+
+
+def given_tensors(given: Any) -> tuple[Any, Any, Any]:
+    return given.query, given.key, given.value
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "reason"),
+    [
+        ({"lengths": (100, 130), "layout": "odd strides"}, {}, "no multiples of 16 bytes"),
+        ({"lengths": (100, 130)}, {"window_left": 5}, "a window"),
+        ({"lengths": (100, 130)}, {"scale": -0.5}, "or negative"),
+        ({"lengths": (100, 130)}, {"scale": 0.0}, "a scale that is zero"),
+        ({"lengths": (10, 130)}, {}, "fewer than 64 queries"),
+        ({"lengths": (100, 130), "head_dim": 16}, {}, "head_dim 16"),
+    ],
+)
+def test_what_the_hopper_forward_does_not_serve_is_counted_with_the_reason(
+    inputs: Any, on_hopper: Launches, shape: Any, changes: Any, reason: str
+) -> None:
+    given = inputs(**shape)
+    call = AttentionCall(*given_tensors(given), 0.5, False)._replace(**changes)
+    out, _ = TritonKernels().forward(call)
+    assert on_hopper == []
+    assert out.isfinite().all()
+    ((kernel, times),) = dispatch_counts().kernels.items()
+    assert reason in kernel
+    assert kernel.startswith("fa4-triton's portable forward: ")
+    assert times == 1
+
+
+def test_an_untested_triton_gets_the_portable_kernels(
+    inputs: Any, on_hopper: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_set.triton, "__version__", "3.9.0")
+    given = inputs(lengths=(100, 130))
+    TritonKernels().forward(AttentionCall(*given_tensors(given), 0.5, False))
+    assert on_hopper == []
+    assert "1 by fa4-triton's portable forward: the Hopper kernels were tested" in str(
+        dispatch_counts()
+    )

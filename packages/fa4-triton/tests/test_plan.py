@@ -19,7 +19,7 @@ from fa4_triton.plan import (
 from fa4_triton.tiles import tile
 from flash_attention_registry.sdpa import AttentionCall
 
-DEVICE = Device("hopper", l2_bytes=50 << 20)
+DEVICE = Device("hopper", l2_bytes=50 << 20, multiprocessors=132)
 
 
 def request(**changes: Any) -> Request:

@@ -7,7 +7,10 @@ quick`. See `conftest.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from flash_attention_testkit import ProviderTests
 
@@ -25,3 +28,26 @@ class TestInterpreted(ProviderTests):
 @pytest.mark.gpu
 class TestOnGpu(ProviderTests):
     """On a CUDA device."""
+
+
+@pytest.mark.gpu
+class TestPortableOnHopper(ProviderTests):
+    """On a Hopper GPU, with the kernels that other GPUs get."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    def portable(self) -> Iterator[None]:
+        """No version of Triton is tested with the Hopper kernels."""
+        from fa4_triton import hopper, kernel_set
+
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("other GPUs have no other kernels")
+
+        def forget() -> None:
+            hopper.choose.cache_clear()
+            kernel_set._hopper_forward_of.cache_clear()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hopper, "TESTED_TRITON", ("none",))
+            forget()
+            yield
+        forget()

@@ -12,7 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_attention_registry.sdpa import dispatch_counts, install, reset_dispatch_counts
+from flash_attention_registry.sdpa import (
+    count_kernel,
+    dispatch_counts,
+    install,
+    reset_dispatch_counts,
+)
 from flash_attention_registry.sdpa.counters import OpCounter
 
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -187,3 +192,15 @@ def test_forked_child_can_count_and_install(plain_kernels: type) -> None:
             handle.remove()
             os._exit(dispatch_counts().served)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_provider_may_say_which_of_its_kernels_served() -> None:
+    for kernel in ("the fast one", "the slow one: odd strides", "the fast one"):
+        count_kernel(kernel)
+    counts = dispatch_counts()
+    assert counts.kernels == {"the fast one": 2, "the slow one: odd strides": 1}
+    assert str(counts).endswith("2 by the fast one\n1 by the slow one: odd strides")
+    count_kernel("the fast one")
+    assert counts.kernels["the fast one"] == 2  # a snapshot
+    reset_dispatch_counts()
+    assert dispatch_counts().kernels == {}

@@ -7,8 +7,18 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 
 from fa4_triton import interpreter
+from fa4_triton.hopper import (
+    SMALLEST_SCALE,
+    HopperPlan,
+    choose,
+    plan_hopper_forward,
+    situation_of,
+    why_no_gluon,
+    why_not_this_call,
+)
 from fa4_triton.kernels.backward import dkdv_kernel, dq_kernel
 from fa4_triton.kernels.forward import forward_kernel
 from fa4_triton.launch import Variant
@@ -22,7 +32,7 @@ from fa4_triton.plan import (
     request_of,
 )
 from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
-from flash_attention_registry.sdpa import Capabilities
+from flash_attention_registry.sdpa import Capabilities, count_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +51,7 @@ CAPABILITIES = Capabilities(
     deterministic="always",
     min_compute_capability=None if interpreter.INTERPRETED else (8, 0),
 )
-"""What the portable kernels serve."""
+"""What the kernels serve."""
 
 _KERNELS: dict[Kernel, Any] = {
     "forward": forward_kernel,
@@ -56,15 +66,57 @@ _KERNELS: dict[Kernel, Any] = {
 def _device(index: int) -> Device:
     """What plans need to know of a CUDA device; of the CPU for -1."""
     if index < 0:
-        return Device(architecture(None), l2_bytes=1 << 25)
+        return Device(architecture(None), l2_bytes=1 << 25, multiprocessors=1)
     properties = torch.cuda.get_device_properties(index)
-    return Device(architecture((properties.major, properties.minor)), properties.L2_cache_size)
+    return Device(
+        architecture((properties.major, properties.minor)),
+        properties.L2_cache_size,
+        properties.multi_processor_count,
+    )
 
 
 @cache
 def _variant(kernel: Kernel, tile: Tile, constants: Constants, dtype: torch.dtype) -> Variant:
     del dtype  # part of what is compiled, which Triton reads off the tensors
     return Variant(_KERNELS[kernel], tile, constants)
+
+
+@cache
+def _hopper_variant(config: Any, dtype: torch.dtype) -> Any:
+    from fa4_triton.hopper_launch import HopperForward
+
+    del dtype  # part of what is compiled, which Triton reads off the tensors
+    return HopperForward(config)
+
+
+@lru_cache(maxsize=4096)
+def _hopper_forward_of(
+    device_index: int,
+    dtype: torch.dtype,
+    request: Request,
+    strides: tuple[Strides, ...],
+    alignment: int,
+    small_scale: bool,
+) -> tuple[Any, HopperPlan] | str:
+    """(compiled kernel, plan) of the Hopper forward, or why the portable one serves."""
+    device = _device(device_index)
+    situation = situation_of(
+        request,
+        device,
+        "fp16" if dtype == torch.float16 else "bf16",
+        "forward",
+        triton=triton.__version__,
+        gluon=why_no_gluon() if device.architecture == "hopper" else None,
+    )
+    choice = choose(situation)
+    reason = choice.reason or why_not_this_call(request, strides, alignment, small_scale)
+    if reason is not None:
+        return reason
+    from fa4_triton.hopper_launch import config_of
+
+    tile = choice.tile(request.query_shape[1])
+    plan = plan_hopper_forward(device, request, strides, tile)
+    return _hopper_variant(config_of(tile, plan.causal, plan.tail), dtype), plan
 
 
 @lru_cache(maxsize=4096)
@@ -117,6 +169,32 @@ def _launch(
     variant.launch(device_index, programs, tensors, pointers, floats + ints)
 
 
+def _launch_hopper_forward(
+    call: AttentionCall, operands: tuple[Tensor, ...], lse: Tensor, floats: tuple[float, ...]
+) -> bool:
+    """Launch the Hopper forward of `call` if it is chosen; whether it was."""
+    device_index = call.query.get_device()
+    if _device(device_index).architecture != "hopper":
+        return False
+    pointers = [tensor.data_ptr() for tensor in operands]
+    chosen = _hopper_forward_of(
+        device_index,
+        call.query.dtype,
+        request_of(call),
+        tuple([tensor.stride() for tensor in operands]),
+        _alignment(pointers),
+        not call.scale > SMALLEST_SCALE,
+    )
+    if isinstance(chosen, str):
+        count_kernel(f"fa4-triton's portable forward: {chosen}")
+        return False
+    count_kernel("fa4-triton's Hopper forward")
+    variant, plan = chosen
+    pointers.append(lse.data_ptr())
+    variant.launch(device_index, plan, (*operands, lse), pointers, floats)
+    return True
+
+
 def _alignment(pointers: list[int]) -> int:
     """Bit i: pointer i is a multiple of 16."""
     union = 0
@@ -144,7 +222,7 @@ def empty_row_stats(query: Tensor) -> Tensor:
 
 
 class TritonKernels:
-    """Attention in portable Triton, forward and backward.
+    """Attention in Triton, forward and backward: portable kernels, and Hopper's own in Gluon.
 
     Stateless: one instance serves every device and thread.
     """
@@ -167,13 +245,10 @@ class TritonKernels:
         """
         out = empty_like(call.query) if call.out is None else call.out
         lse = empty_row_stats(call.query)
-        _launch(
-            "forward",
-            call,
-            (call.query, call.key, call.value, out),
-            (lse,),
-            (abs(call.scale) * _LOG2_E, call.lse_of_empty_rows),
-        )
+        operands = (call.query, call.key, call.value, out)
+        floats = (abs(call.scale) * _LOG2_E, call.lse_of_empty_rows)
+        if not _launch_hopper_forward(call, operands, lse, floats):
+            _launch("forward", call, operands, (lse,), floats)
         return out, lse
 
     def backward(

@@ -15,10 +15,10 @@ from fa4_triton import interpreter
 from fa4_triton.plan import Constants
 from fa4_triton.tiles import Tile
 
-__all__ = ["Variant"]
+__all__ = ["DIRECT_LAUNCH", "Variant"]
 
 # CompiledKernel.run is not public; these versions take the arguments given to it below.
-_DIRECT_LAUNCH = triton.__version__.startswith("3.6.")
+DIRECT_LAUNCH = triton.__version__.startswith("3.6.")
 
 
 def _constant_arguments(kernel: Any, tile: Tile, constants: Constants) -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ class Variant:
             compiled = self._kernel[(programs,)](
                 *tensors, *scalars, *self.constants, **self._options
             )
-            if _DIRECT_LAUNCH:
+            if DIRECT_LAUNCH:
                 self._launchers[device] = (
                     compiled.run,
                     driver.active.get_current_stream,

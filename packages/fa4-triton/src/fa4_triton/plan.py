@@ -19,9 +19,13 @@ __all__ = [
     "Device",
     "Plan",
     "Request",
+    "Sizes",
+    "Strides",
     "plan_key_gradients",
     "plan_queries",
     "request_of",
+    "section_of",
+    "sizes_of",
 ]
 
 Strides: TypeAlias = tuple[int, ...]
@@ -32,6 +36,7 @@ class Device(NamedTuple):
 
     architecture: Architecture
     l2_bytes: int
+    multiprocessors: int
 
 
 class Packed(NamedTuple):
@@ -101,7 +106,9 @@ class Plan:
     scalars: tuple[int, ...]
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """What a request amounts to."""
+
     batch: int
     heads: int
     heads_kv: int
@@ -112,7 +119,8 @@ class _Sizes(NamedTuple):
     right: int | None
 
 
-def _sizes(request: Request) -> _Sizes:
+def sizes_of(request: Request) -> Sizes:
+    """Sizes of a request; None for a window's bound that hides nothing."""
     heads, head_dim = request.query_shape[-2:]
     batch, seq_len_q, seq_len_k = request.packed or (
         request.query_shape[0],
@@ -123,7 +131,7 @@ def _sizes(request: Request) -> _Sizes:
     right = 0 if request.causal else request.window_right
     # A window as wide as both sequences hides nothing, and might not fit the kernels' int32.
     widest = seq_len_q + seq_len_k
-    return _Sizes(
+    return Sizes(
         batch,
         heads,
         request.key_shape[-2],
@@ -155,7 +163,7 @@ def plan_queries(
         negative_scale: Whether the scale is below zero.
         shape: A tile to use instead of the table's; sweeps give one.
     """
-    size = _sizes(request)
+    size = sizes_of(request)
     shape = shape or tile(device.architecture, kernel, size.head_dim)
     group = size.heads // size.heads_kv
     blocks = -(-size.seq_len_q // shape.m)
@@ -177,7 +185,7 @@ def plan_queries(
             size.left or 0,
             size.right or 0,
             blocks,
-            _section(heads_total, group, size.seq_len_k * size.head_dim, device),
+            section_of(heads_total, group, size.seq_len_k * size.head_dim, device),
         ),
     )
 
@@ -194,7 +202,7 @@ def plan_key_gradients(
 
     Arguments are those of `plan_queries`.
     """
-    size = _sizes(request)
+    size = sizes_of(request)
     shape = shape or tile(device.architecture, kernel, size.head_dim)
     group = size.heads // size.heads_kv
     blocks = -(-size.seq_len_k // shape.n)
@@ -216,13 +224,13 @@ def plan_key_gradients(
             size.left or 0,
             size.right or 0,
             blocks,
-            _section(heads_total, 1, size.seq_len_q * size.head_dim * group, device),
+            section_of(heads_total, 1, size.seq_len_q * size.head_dim * group, device),
         ),
     )
 
 
 def _constants(
-    request: Request, size: _Sizes, shape: Tile, unit: int, longest: int, alignment: int
+    request: Request, size: Sizes, shape: Tile, unit: int, longest: int, alignment: int
 ) -> Constants:
     return Constants(
         *head_dim_blocks(size.head_dim),
@@ -265,14 +273,14 @@ def _in_units(
     return unit, longest, tuple(stride // unit for one in elements for stride in one)
 
 
-def _stats_strides(request: Request, size: _Sizes) -> tuple[int, int]:
+def _stats_strides(request: Request, size: Sizes) -> tuple[int, int]:
     """Batch and head stride of lse and delta, contiguous [B, H, S] or [H, T]."""
     if request.packed is not None:
         return 0, request.query_shape[0]
     return size.heads * size.seq_len_q, size.seq_len_q
 
 
-def _section(heads: int, sharing: int, elements: int, device: Device) -> int:
+def section_of(heads: int, sharing: int, elements: int, device: Device) -> int:
     """How many of `heads` to run side by side.
 
     Every `sharing` of them read the same two operands of `elements` 2-byte elements over and over;

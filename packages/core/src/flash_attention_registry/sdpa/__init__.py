@@ -17,7 +17,13 @@ from flash_attention_registry.default import default_registry
 
 from .call import AttentionCall
 from .capabilities import Capabilities, Determinism, Feature, KernelSet
-from .counters import DispatchCounts, OpCounts, dispatch_counts, reset_dispatch_counts
+from .counters import (
+    DispatchCounts,
+    OpCounts,
+    count_kernel,
+    dispatch_counts,
+    reset_dispatch_counts,
+)
 from .native import NativeKernels
 from .router import InstalledKernels, install, installed_kernel_sets, uninstall
 
@@ -31,6 +37,7 @@ __all__ = [
     "KernelSet",
     "NativeKernels",
     "OpCounts",
+    "count_kernel",
     "dispatch_counts",
     "install",
     "installed_kernel_sets",

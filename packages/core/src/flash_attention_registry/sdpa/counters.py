@@ -17,6 +17,7 @@ __all__ = [
     "DispatchCounts",
     "OpCounter",
     "OpCounts",
+    "count_kernel",
     "counter_of",
     "dispatch_counts",
     "reset_dispatch_counts",
@@ -49,11 +50,18 @@ class DispatchCounts(Mapping[str, OpCounts]):
     """A snapshot: counts by aten op, for every op that has a router.
 
     Calls that find no kernel set installed are not counted.
+
+    Attributes:
+        kernels: Launches by the kernel that a provider chose, where it has a choice and tells of
+            it, with its reason.
     """
 
-    def __init__(self, counts: Mapping[str, OpCounts]) -> None:
-        """Hold a snapshot of `counts`."""
+    def __init__(
+        self, counts: Mapping[str, OpCounts], kernels: Mapping[str, int] | None = None
+    ) -> None:
+        """Hold a snapshot of `counts` and `kernels`."""
         self._counts = dict(counts)
+        self.kernels: Mapping[str, int] = MappingProxyType(dict(kernels or {}))
 
     def __getitem__(self, op: str) -> OpCounts:
         """Counts of one op, by its name without `aten::`."""
@@ -84,6 +92,7 @@ class DispatchCounts(Mapping[str, OpCounts]):
             if counts.served or counts.declined:
                 lines.append(f"{op}: {counts.served} served, {counts.total_declined} on stock")
                 lines += [f"  {number} on stock: {why}" for why, number in counts.declined.items()]
+        lines += [f"{number} by {kernel}" for kernel, number in self.kernels.items()]
         return "\n".join(lines) if lines else "no calls"
 
 
@@ -167,6 +176,17 @@ def warn_or_log(text: str) -> None:
 
 
 _counters: dict[str, OpCounter] = {}
+_kernels: dict[str, int] = {}
+
+
+def count_kernel(kernel: str) -> None:
+    """Count a launch of a provider that has several kernels for a call.
+
+    Args:
+        kernel: Which it took, and why if that is not the best; one of few texts.
+    """
+    with _guard.lock:
+        _kernels[kernel] = _kernels.get(kernel, 0) + 1
 
 
 def counter_of(op: str) -> OpCounter:
@@ -178,11 +198,12 @@ def counter_of(op: str) -> OpCounter:
 def dispatch_counts() -> DispatchCounts:
     """Calls served and declined since the start or the last reset, by aten op."""
     with _guard.lock:
-        return DispatchCounts({op: counter.counts() for op, counter in _counters.items()})
+        return DispatchCounts({op: counter.counts() for op, counter in _counters.items()}, _kernels)
 
 
 def reset_dispatch_counts() -> None:
     """Set every count to zero."""
     with _guard.lock:
+        _kernels.clear()
         for counter in _counters.values():
             counter.reset()

@@ -1,1 +1,1 @@
-"""The Triton kernels; `blocks` holds what they share."""
+"""The Triton kernels; `blocks` holds what the portable ones share, `hopper` what Hopper's do."""

@@ -1,0 +1,554 @@
+"""Forward for Hopper: a producer warp and two or three consumer warp groups, tile after tile.
+
+FlashAttention-3 (arXiv 2407.08608) in Gluon. While one consumer exponentiates, the products of
+another run; and within a consumer, P V of one block runs under the softmax of the next. Keys are
+taken from the last block to the first, so that masked blocks come before the loop that needs no
+mask. The running maximum and the exponents count in log2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fa4_triton.kernels.hopper import (
+    LN_2,
+    ROWS,
+    Grid,
+    Problem,
+    Ring,
+    blocks_seen,
+    draw,
+    following,
+    make_barriers,
+    make_board,
+    make_ring,
+    pass_turn,
+    place,
+    publish,
+    published,
+    take_turn,
+)
+from fa4_triton.kernels.hopper_repair import PRODUCT, make_table, repair, source_in
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the kernel is compiled for.
+
+    Attributes:
+        m: Query rows of a tile, `ROWS` a consumer.
+        n: Keys of a block.
+        d: Columns, a power of two.
+        stages: Slots of K and of V.
+        causal: Row i sees the keys up to i + Sk - Sq.
+        tail: Sk is no multiple of `n`.
+        drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
+        own_o: O has a buffer of its own; else it leaves through Q's.
+        consumer_registers: Of a consumer's thread.
+        producer_registers: Of a producer's.
+    """
+
+    m: int
+    n: int
+    d: int
+    stages: int
+    causal: bool
+    tail: bool
+    drawn: bool
+    own_o: bool
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def consumers(self) -> int:
+        """Warp groups that multiply."""
+        return self.m // 64
+
+
+# [ROWS, 4]: of 16 rows a warp, rows i and i + 8 belong to 4 lanes, as in a matrix product's result.
+LANES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+)
+
+
+class Memory(NamedTuple):
+    """Shared memory: blocks, and the barriers of each kind of block."""
+
+    q: Any  # [consumers, ROWS, D]
+    k: Any  # [stages, N, D]
+    v: Any  # like k
+    o: Any  # like q, or q itself
+    q_ring: Any  # a slot a consumer
+    k_ring: Any
+    v_ring: Any
+    board: Any
+
+
+@gluon.jit
+def _load(desc, batch, head, row, ring, slot, phase, block):
+    """Copy rows `row ...` of one head into `block`, slot `slot` of a ring, once that is empty."""
+    mbarrier.wait(ring.empty.index(slot), phase ^ 1)
+    mbarrier.expect(ring.full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], ring.full.index(slot), block)
+
+
+@gluon.jit
+def _producer(
+    q_desc,
+    k_desc,
+    v_desc,
+    counter,
+    memory,
+    grid,
+    problem,
+    config: gl.constexpr,
+):
+    """Copy Q, and K and V block by block, of every tile of this program."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    CONSUMERS: gl.constexpr = config.consumers
+    q_shape: gl.constexpr = [1, 1, ROWS, config.d]
+    k_shape: gl.constexpr = [1, 1, N, config.d]
+    slot = 0
+    phase = 0
+    q_phase = 0
+    board_slot = 0
+    board_phase = 0
+    tile = gl.program_id(0)
+    while tile < grid.tiles:
+        block, batch, head = place(tile, grid)
+        publish(memory.board, board_slot, board_phase, block, batch, head)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        head_kv = head // problem.group
+        seen, _ = blocks_seen(block * M, M, problem, N, config.causal)
+        key = (seen - 1) * N
+        k_block = memory.k.index(slot).reshape(k_shape)
+        _load(k_desc, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
+        for who in gl.static_range(CONSUMERS):
+            q_block = memory.q.index(who).reshape(q_shape)
+            _load(q_desc, batch, head, block * M + who * ROWS, memory.q_ring, who, q_phase, q_block)
+        v_block = memory.v.index(slot).reshape(k_shape)
+        _load(v_desc, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
+        slot, phase = following(slot, phase, config.stages)
+        for index in range(1, seen):
+            key = (seen - 1 - index) * N
+            k_block = memory.k.index(slot).reshape(k_shape)
+            _load(k_desc, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
+            v_block = memory.v.index(slot).reshape(k_shape)
+            _load(v_desc, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
+            slot, phase = following(slot, phase, config.stages)
+        q_phase ^= 1
+        if config.drawn:
+            # Not before all of this tile is on its way: who draws early keeps a long tile from a
+            # program that has nothing to do. The blocks under way hide the counter's latency.
+            tile = draw(counter, grid)
+        else:
+            tile += gl.num_programs(0)
+    publish(memory.board, board_slot, board_phase, -1, 0, 0)
+
+
+@gluon.jit
+def _by_lane(s, N: gl.constexpr):
+    """`s` [ROWS, N] as [ROWS, N // 8, 4, 2]: octets of columns, of which each of 4 lanes has 2."""
+    return s.reshape([ROWS, N // 8, 4, 2])
+
+
+@gluon.jit
+def _hide(s, limit, N: gl.constexpr):
+    """`s` [ROWS, N] with -inf in row i from column `limit[i]` on.
+
+    The lane's part of a column's index goes to the limit's side, so that what is compared with it
+    is a constant of the instruction, not a register a column.
+    """
+    parts = _by_lane(s, N)
+    layout: gl.constexpr = parts.type.layout
+    octet_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))
+    pair_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    row_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    octet = 8 * gl.arange(0, N // 8, octet_layout)
+    lane = 2 * gl.arange(0, 4, lane_layout)
+    pair = gl.arange(0, 2, pair_layout)
+    octet = gl.expand_dims(gl.expand_dims(gl.expand_dims(octet, 0), 2), 3)
+    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
+    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
+    limit = gl.convert_layout(limit, row_layout, assert_trivial=True)
+    limit = gl.expand_dims(gl.expand_dims(gl.expand_dims(limit, 1), 2), 3)
+    hidden = gl.where(octet + pair < limit - lane, parts, float("-inf"))
+    return gl.convert_layout(hidden.reshape([ROWS, N]), s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.constexpr):
+    """(P, maximum, total, rescale) with the scores `s` [ROWS, N] taken in.
+
+    Args:
+        s: Unscaled.
+        maximum: [ROWS], of the scaled scores so far, log2.
+        total: [ROWS, 4], sum of P so far, a lane's columns each.
+        scale_log2: scale * log2(e), positive: times zero, a hidden -inf would be NaN.
+        limit: [ROWS], how many of the block's keys each row sees; MASKED only.
+        N: Keys.
+        MASKED: Whether some row does not see some key.
+    """
+    if MASKED:
+        s = _hide(s, limit, N)
+    new_maximum = gl.maximum(maximum, gl.max(s, 1) * scale_log2)
+    # A row that has seen no key yet subtracts 0, not -inf: its P is exp2(-inf) = 0.
+    offset = gl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(offset, 1))
+    rescale = gl.exp2(maximum - offset)
+    # Each lane sums its columns only; all lanes together are summed once, at the end.
+    sums = gl.sum(gl.sum(_by_lane(p, N), 3), 1)
+    total_rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    total = total * gl.expand_dims(gl.convert_layout(rescale, total_rows, assert_trivial=True), 1)
+    sums = gl.convert_layout(sums, total.type.layout, assert_trivial=True)
+    return p, new_maximum, total + sums, rescale
+
+
+@gluon.jit
+def _first_softmax(
+    s,
+    limit,
+    scale_log2,
+    dtype: gl.constexpr,
+    config: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """(P, maximum, total) of a tile's first block; with HALF no row sees its second half."""
+    N: gl.constexpr = config.n
+    MASKED: gl.constexpr = config.causal or config.tail
+    layout: gl.constexpr = s.type.layout
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, rows)
+    total = gl.zeros([ROWS, 4], gl.float32, LANES)
+    if HALF:
+        half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+        half_rows: gl.constexpr = gl.SliceLayout(1, half)
+        first, _ = gl.split(s.reshape([ROWS, 2, N // 2]).permute((0, 2, 1)))
+        p, maximum, total, _ = _softmax(
+            gl.convert_layout(first, half, assert_trivial=True),
+            gl.convert_layout(maximum, half_rows, assert_trivial=True),
+            total,
+            scale_log2,
+            gl.convert_layout(limit, half_rows, assert_trivial=True),
+            N // 2,
+            MASKED,
+        )
+        maximum = gl.convert_layout(maximum, rows, assert_trivial=True)
+        p = p.to(dtype)
+        p = gl.join(p, gl.zeros_like(p)).permute((0, 2, 1)).reshape([ROWS, N])
+        p = gl.convert_layout(p, layout, assert_trivial=True)
+    else:
+        p, maximum, total, _ = _softmax(s, maximum, total, scale_log2, limit, N, MASKED)
+        p = p.to(dtype)
+    return p, maximum, total
+
+
+@gluon.jit
+def _step(
+    q,
+    memory,
+    slot,
+    phase,
+    p,
+    acc,
+    maximum,
+    total,
+    scale_log2,
+    limit,
+    WHO: gl.constexpr,
+    config: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Scores of the next block, under whose softmax P V of the block before runs.
+
+    `slot` and `phase` are those of the block before, whose P comes as an operand; the next block's
+    are returned with the new state.
+    """
+    v_slot = slot
+    v_phase = phase
+    slot, phase = following(slot, phase, config.stages)
+    mbarrier.wait(memory.k_ring.full.index(slot), phase)
+    take_turn(WHO)
+    N: gl.constexpr = config.n
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    zeros = gl.zeros([ROWS, N], gl.float32, s_layout)
+    k_block = memory.k.index(slot).permute((1, 0))
+    s = warpgroup_mma(q, k_block, zeros, use_acc=False, is_async=True)
+    mbarrier.wait(memory.v_ring.full.index(v_slot), v_phase)
+    acc = warpgroup_mma(p, memory.v.index(v_slot), acc, is_async=True)
+    pass_turn(WHO, config.consumers)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
+    new_p, maximum, total, rescale = _softmax(s, maximum, total, scale_log2, limit, N, MASKED)
+    p = gl.convert_layout(new_p.to(p.dtype), p.type.layout)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(memory.v_ring.empty.index(v_slot), count=1)
+    o_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    acc = acc * gl.expand_dims(gl.convert_layout(rescale, o_rows), 1)
+    return slot, phase, p, acc, maximum, total
+
+
+@gluon.jit
+def _consumer(
+    out_desc,
+    sources,
+    memory,
+    problem,
+    WHO: gl.constexpr,
+    config: gl.constexpr,
+):
+    """Out and lse of rows `WHO * ROWS ...` of every tile of this program."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    CAUSAL: gl.constexpr = config.causal
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q = memory.q.index(WHO)
+    o_block = memory.o.index(WHO)
+    if config.consumers - 1 == WHO:
+        pass_turn(WHO, config.consumers)
+    slot = 0
+    phase = 0
+    q_phase = 0
+    board_slot = 0
+    board_phase = 0
+    block, batch, head = published(memory.board, board_slot, board_phase)
+    while block >= 0:
+        row = block * M + WHO * ROWS
+        rows = row + gl.arange(0, ROWS, row_layout)
+        limit = gl.zeros([ROWS], gl.int32, row_layout) + problem.keys
+        if CAUSAL:
+            limit = gl.minimum(limit, rows + (1 + problem.keys - problem.queries))
+        brought, _ = blocks_seen(block * M, M, problem, N, CAUSAL)
+        seen, whole = blocks_seen(row, ROWS, problem, N, CAUSAL)
+        if CAUSAL:
+            # Blocks that only consumers of later rows see.
+            for _ in range(brought - seen):
+                take_turn(WHO)
+                pass_turn(WHO, config.consumers)
+                mbarrier.wait(memory.k_ring.full.index(slot), phase)
+                mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
+                mbarrier.wait(memory.v_ring.full.index(slot), phase)
+                mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
+                slot, phase = following(slot, phase, config.stages)
+
+        mbarrier.wait(memory.q_ring.full.index(WHO), q_phase)
+        mbarrier.wait(memory.k_ring.full.index(slot), phase)
+        take_turn(WHO)
+        zeros = gl.zeros([ROWS, N], gl.float32, s_layout)
+        k_block = memory.k.index(slot).permute((1, 0))
+        s = warpgroup_mma(q, k_block, zeros, use_acc=False, is_async=True)
+        pass_turn(WHO, config.consumers)
+        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
+        last = seen - 1
+        first_limit = limit - last * N
+        dtype: gl.constexpr = out_desc.dtype
+        if CAUSAL and N > ROWS:
+            # Every second warp group sees half of its last block: 64 rows of 128 keys.
+            if row + ROWS + problem.keys - problem.queries - last * N <= N // 2:
+                p, maximum, total = _first_softmax(
+                    s, first_limit, problem.scale_log2, dtype, config, True
+                )
+            else:
+                p, maximum, total = _first_softmax(
+                    s, first_limit, problem.scale_log2, dtype, config, False
+                )
+        else:
+            p, maximum, total = _first_softmax(
+                s, first_limit, problem.scale_log2, dtype, config, False
+            )
+        p = gl.convert_layout(p, p_layout)
+        if CAUSAL:
+            # An opaque move of P. Without it ptxas keeps P of the two loops below in different
+            # registers from P here, and copies it in every step: 64 instructions of 470 at D 64.
+            # What two branches may have written it does not keep under way at all (C7513).
+            p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, False, 2)
+        if CAUSAL:
+            for index in range(1, seen - whole):
+                key = (last - index) * N
+                slot, phase, p, acc, maximum, total = _step(
+                    q,
+                    memory,
+                    slot,
+                    phase,
+                    p,
+                    acc,
+                    maximum,
+                    total,
+                    problem.scale_log2,
+                    limit - key,
+                    WHO,
+                    config,
+                    True,
+                )
+            unmasked = gl.minimum(whole, last)
+        else:
+            unmasked = last
+        for _ in range(unmasked):
+            slot, phase, p, acc, maximum, total = _step(
+                q,
+                memory,
+                slot,
+                phase,
+                p,
+                acc,
+                maximum,
+                total,
+                problem.scale_log2,
+                limit,
+                WHO,
+                config,
+                False,
+            )
+        if config.own_o:
+            mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
+        mbarrier.wait(memory.v_ring.full.index(slot), phase)
+        acc = warpgroup_mma(p, memory.v.index(slot), acc, is_async=True)
+        total = gl.convert_layout(gl.sum(total, 1), row_layout, assert_trivial=True)
+        empty = total == 0.0  # no key seen; a row of NaN scores has a total of NaN
+        inverse = gl.where(empty, 0.0, 1.0 / total)
+        lse_log2 = maximum + gl.log2(total)
+        lse_values = gl.where(empty, problem.lse_of_empty, lse_log2 * LN_2)
+        lse_rows = problem.lse + (batch.to(gl.int64) * problem.heads + head) * problem.queries
+        gl.store(lse_rows + rows, lse_values, mask=rows < problem.queries)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
+        slot, phase = following(slot, phase, config.stages)
+        inverse = gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))
+        if config.own_o:
+            tma.store_wait(0)  # the tile before has left
+        o_block.store((acc * gl.expand_dims(inverse, 1)).to(out_desc.dtype))
+        if CAUSAL:  # noqa: SIM102  # decided when compiled, the other when run
+            # Without a mask nothing is multiplied that is not seen: keys past the last are zero.
+            if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) > 0:
+                product_rows: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+                repair(
+                    o_block,
+                    source_in(sources, 0, batch, head, out_desc.dtype),
+                    source_in(sources, 1, batch, head // problem.group, out_desc.dtype),
+                    source_in(sources, 2, batch, head // problem.group, out_desc.dtype),
+                    gl.convert_layout(gl.where(empty, 0.0, lse_log2), product_rows),
+                    row,
+                    problem,
+                    out_desc.shape[3],
+                    D,
+                )
+        fence_async_shared()
+        tma.async_copy_shared_to_global(
+            out_desc, [batch, head, row, 0], o_block.reshape([1, 1, ROWS, D])
+        )
+        if not config.own_o:
+            tma.store_wait(0)
+            mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
+        q_phase ^= 1
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head = published(memory.board, board_slot, board_phase)
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "lse",
+        "scale_log2",
+        "lse_of_empty",
+        "heads",
+        "group",
+        "heads_total",
+        "seq_len_q",
+        "seq_len_k",
+        "tiles",
+        "blocks_of_rows",
+        "section",
+        "counter",
+    ]
+)
+def hopper_forward_kernel(
+    q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, ROWS, D]
+    k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
+    v_desc,  # like k
+    out_desc,  # like q
+    q,  # the same tensors by their addresses, for `repair`
+    k,
+    v,
+    lse,  # fp32 [B, Hq, Sq], natural log
+    counter,  # int32, zero before and after; unused where tiles are dealt
+    scale_log2,  # scale * log2(e), positive
+    lse_of_empty,
+    heads,  # Hq
+    group,  # Hq // Hkv
+    heads_total,  # B * Hq
+    seq_len_q,
+    seq_len_k,
+    tiles,
+    blocks_of_rows,  # of M rows in a sequence
+    section,  # see place
+    config: gl.constexpr,
+):
+    """Out and lse. Grid: any number of programs, no more than tiles."""
+    CONSUMERS: gl.constexpr = config.consumers
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = q_desc.dtype
+    row_major: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], row_major)
+    k_smem = gl.allocate_shared_memory(dtype, [config.stages, config.n, D], row_major)
+    v_smem = gl.allocate_shared_memory(dtype, [config.stages, config.n, D], row_major)
+    if config.own_o:
+        o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], row_major)
+    else:
+        o_smem = q_smem
+    q_ring = Ring(make_barriers(CONSUMERS, 1), make_barriers(CONSUMERS, 1))
+    k_ring = make_ring(config.stages, CONSUMERS)
+    v_ring = make_ring(config.stages, CONSUMERS)
+    memory = Memory(q_smem, k_smem, v_smem, o_smem, q_ring, k_ring, v_ring, make_board(CONSUMERS))
+    if config.causal:  # noqa: SIM108  # only the branch taken is compiled
+        sources = make_table((q, k, v), (q_desc, k_desc, v_desc))
+    else:
+        sources = lse  # nothing is repaired
+    fence_async_shared()
+    grid = Grid(tiles, blocks_of_rows, section, heads, heads_total)
+    problem = Problem(lse, scale_log2, lse_of_empty, seq_len_q, seq_len_k, heads, group)
+    if config.consumers == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (out_desc, sources, memory, problem, 0, config)),
+                (_consumer, (out_desc, sources, memory, problem, 1, config)),
+                (_producer, (q_desc, k_desc, v_desc, counter, memory, grid, problem, config)),
+            ],
+            [4, 1],
+            [config.consumer_registers, config.producer_registers],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (out_desc, sources, memory, problem, 0, config)),
+                (_consumer, (out_desc, sources, memory, problem, 1, config)),
+                (_consumer, (out_desc, sources, memory, problem, 2, config)),
+                (_producer, (q_desc, k_desc, v_desc, counter, memory, grid, problem, config)),
+            ],
+            [4, 4, 1],
+            [config.consumer_registers, config.consumer_registers, config.producer_registers],
+        )
