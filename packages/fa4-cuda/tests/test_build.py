@@ -54,8 +54,8 @@ def sass_of(name: str, sass: list[str]) -> list[str]:
 
 
 MAY_SPILL = [f"backward_kernelILi{tile}E" for tile in (4, 5)]
-"""The backward at head_dim 128 gives its consumers 240 registers and leaves 24 to those who load and
-store. They wait for memory all the time: a few of theirs may lie there too."""
+"""The backward at head_dim 128 gives its consumers 240 registers and leaves 24 to those who load
+and store. They wait for memory all the time: a few of theirs may lie there too."""
 
 
 def test_no_kernel_spills(reports: list[Any]) -> None:
