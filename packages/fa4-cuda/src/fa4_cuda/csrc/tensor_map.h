@@ -80,8 +80,8 @@ inline cudaError_t enter_context() {
   return error;
 }
 
-// scale * log2(e), never zero, which would make NaN of a masked infinity. The smallest normal number
-// makes the same weights of every finite score.
+// scale * log2(e), never zero, which would make NaN of a masked infinity. The smallest normal
+// number makes the same weights of every finite score.
 inline float scale_log2_of(float scale) {
   constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
   return std::fabs(scale) * kLog2E < kSmallest ? kSmallest : scale * kLog2E;
