@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def test_a_figure_shows_a_record_as_it_is_now(path: Path) -> None:
     shown = FINGERPRINT.findall(path.read_bytes())
     assert shown, f"{path.name} does not say of which record it is: draw it again"
     for name, drawn in shown:
-        assert fingerprint(record(name.decode())).encode() == drawn, (
+        there = json.loads((BENCHMARKS / "results" / name.decode()).read_text(encoding="utf-8"))
+        assert fingerprint(there).encode() == drawn, (
             f"{name.decode()} has changed since {path.name} was drawn: draw it again"
         )
 
@@ -58,6 +60,25 @@ def test_a_record_says_where_and_on_what_it_was_measured(path: Path) -> None:
     environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
     for field in ("gpu", "torch", "cuda", "cudnn", "triton", "git_commit", "date"):
         assert environment[field], field
+
+
+def test_the_page_shows_the_training_runs() -> None:
+    path = BENCHMARKS / "results" / "nvidia-h100-train-gpt.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    table = runpy.run_path(str(BENCHMARKS / "train_gpt.py"))["table"](runs)
+    assert table in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_a_model_trains_faster_on_the_cuda_kernels_and_on_nothing_else() -> None:
+    path = BENCHMARKS / "results" / "nvidia-h100-train-gpt.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    runs = {run["name"]: run for run in found["runs"]}
+    calls = found["settings"]["layers"] * found["settings"]["steps"]
+    assert runs["FA4"]["active"] == "fa4-cuda"
+    assert list(runs["FA4"]["served"].values()) == [calls, calls]
+    assert not runs["FA4"]["declined"]
+    assert not runs["native"]["served"]
+    assert runs["FA4"]["tokens_per_second"] > 1.02 * runs["native"]["tokens_per_second"]
 
 
 def test_the_bars_of_the_portable_kernels_are_met() -> None:

@@ -1,0 +1,471 @@
+"""Train a GPT of 100 million parameters on torch's own attention and on an implementation.
+
+    python docs/benchmarks/train_gpt.py run --commit "$(git rev-parse HEAD)" --output record.json
+    python docs/benchmarks/train_gpt.py table record.json
+    python docs/benchmarks/train_gpt.py plot record.json -o figure.svg
+
+Every run is a process of its own, the same program with the same seed and the same batches: one on
+what torch chooses by itself, one for each `--impl` with `FLASH_ATTENTION_IMPL` set, and one on a
+second backend of torch's, which shows how far two curves may lie apart when nobody errs. The text
+is the Python sources of the standard library and of torch, as bytes. A record that is already
+there is extended: `--runs` names the runs to make. Implementations are those that are installed;
+`--register fa4_cuda:register` does without that. `--size smoke` shows on any CPU that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_attention_registry import (
+    activate_requested_flash_attention_impl,
+    current_flash_attention_impl,
+)
+from flash_attention_registry.sdpa import dispatch_counts
+from flash_attention_testkit.bench.environment import environment
+from flash_attention_testkit.bench.record import fingerprint, write_record
+
+NATIVE = "native"
+BACKENDS = {
+    "torch:flash": SDPBackend.FLASH_ATTENTION,
+    "torch:cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch:math": SDPBackend.MATH,
+}
+TITLES = {
+    NATIVE: "stock's own choice",
+    "torch:flash": "stock's FlashAttention-2",
+    "torch:cudnn": "stock's cuDNN",
+    "torch:math": "stock's math",
+}
+COLOURS = {NATIVE: "#1f4e79", "torch:flash": "#8fb3d9", "torch:cudnn": "#5b7fa6"}
+OTHER_COLOURS = ("#e8710a", "#7b3fa0", "#2a9d5c")
+SMOOTH = 20
+"""Steps that a smoothed loss is the mean of: the step itself and those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all runs of a record have in common."""
+
+    device: str = "cuda"
+    layers: int = 14
+    heads: int = 6
+    head_dim: int = 128
+    seq_len: int = 4096
+    batch: int = 6
+    steps: int = 300
+    window: int = 20  # steps from one synchronisation to the next
+    warmup: int = 40  # steps that no time is taken of
+    compiled: bool = True
+    learning_rate: float = 6e-4
+    rising: int = 30  # steps until the learning rate is there; from then on it falls
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    most_text: int = 64 << 20  # bytes that are read
+    seed: int = 0
+
+    @property
+    def width(self) -> int:
+        """Channels."""
+        return self.heads * self.head_dim
+
+
+SIZES = {
+    "gpt-100m": Settings(),
+    "smoke": Settings(
+        device="cpu",
+        layers=2,
+        heads=2,
+        head_dim=16,
+        seq_len=64,
+        batch=4,
+        steps=24,
+        window=4,
+        warmup=8,
+        compiled=False,
+        learning_rate=3e-3,
+        rising=4,
+        most_text=1 << 20,
+    ),
+}
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each normalised first and added."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Make the layers."""
+        super().__init__()
+        width = settings.width
+        self.shape = (settings.heads, settings.head_dim)
+        self.before_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.before_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Go from one residual stream to the next."""
+        parts = self.qkv(self.before_attention(x)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, self.shape).transpose(1, 2) for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        hidden = F.gelu(self.up(self.before_mlp(x)), approximate="tanh")
+        return x + self.down(hidden)  # type: ignore[no-any-return] # a module's call is Any
+
+
+class GPT(nn.Module):
+    """A plain decoder of bytes, whose last layer is its embedding."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Make the layers and draw their weights."""
+        super().__init__()
+        self.bytes = nn.Embedding(256, settings.width)
+        self.places = nn.Embedding(settings.seq_len, settings.width)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
+        self.last = nn.LayerNorm(settings.width)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                added = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * settings.layers if added else 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the mean loss of predicting all bytes `[B, S + 1]` but the first."""
+        given, wanted = tokens[:, :-1], tokens[:, 1:]
+        x = self.bytes(given) + self.places(torch.arange(given.shape[1], device=given.device))
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.last(x), self.bytes.weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
+
+
+def text(most: int) -> tuple[bytes, dict[str, Any]]:
+    """Return the text, and what a record says of it."""
+    standard, ours = Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent
+    parts: list[bytes] = []
+    length = files = 0
+    for root in (standard, ours):
+        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+            outside = {"site-packages", "dist-packages"} & set(path.relative_to(root).parts)
+            if outside or length >= most:
+                continue
+            parts.append(path.read_bytes())
+            length += len(parts[-1])
+            files += 1
+    found = b"".join(parts)[:most]
+    return found, {
+        "of": f"*.py of Python {sys.version.split()[0]}'s standard library and of torch",
+        "files": files,
+        "bytes": len(found),
+        "sha256": hashlib.sha256(found).hexdigest(),
+    }
+
+
+def stock_choice(settings: Settings) -> str:
+    """Return the backend that torch chooses for the model's attention."""
+    shape = (settings.batch, settings.seq_len, settings.heads, settings.head_dim)
+    q = torch.empty(shape, device=settings.device, dtype=torch.bfloat16, requires_grad=True)
+    q = q.transpose(1, 2)
+    choose: Any = vars(torch)["_fused_sdp_choice"]
+    return SDPBackend(choose(q, q, q, is_causal=True)).name
+
+
+def train(settings: Settings, name: str, corpus: bytes) -> dict[str, Any]:
+    """Train in this process; return the run as a record holds it."""
+    on_gpu = settings.device == "cuda"
+    torch.manual_seed(settings.seed)
+    model = GPT(settings).to(settings.device)
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() == 2]},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    loss_of: Callable[[Tensor], Tensor] = model
+    if settings.compiled:
+        loss_of = torch.compile(model, dynamic=False)
+    data = torch.frombuffer(bytearray(corpus), dtype=torch.uint8).to(settings.device)
+    drawn = torch.Generator().manual_seed(settings.seed)
+    last = len(corpus) - settings.seq_len - 1
+    starts = torch.randint(last, (settings.steps, settings.batch, 1), generator=drawn)
+    rows = starts.to(settings.device) + torch.arange(settings.seq_len + 1, device=settings.device)
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    losses: list[Tensor] = []
+    times: list[float] = []
+    chosen, began = "", time.perf_counter()
+    since = began
+    with contextlib.ExitStack() as stack:
+        if name in BACKENDS:
+            stack.enter_context(sdpa_kernel(BACKENDS[name]))
+        for step in range(settings.steps):
+            share = (settings.steps - step) / (settings.steps - settings.rising)
+            for group in optimizer.param_groups:
+                rise = (step + 1) / settings.rising
+                group["lr"] = settings.learning_rate * min(1.0, rise, max(0.1, share))
+            with torch.autocast(settings.device, torch.bfloat16):
+                loss = loss_of(data[rows[step]].long())
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            if step == 0:
+                wait()
+                say(f"{name}: first step after {time.perf_counter() - began:.0f} s")
+                check(name)
+                chosen = stock_choice(settings)
+            if step + 1 == settings.warmup and on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            if (step + 1) % settings.window == 0:
+                wait()
+                now = time.perf_counter()
+                if step + 1 > settings.warmup:
+                    times.append((now - since) / settings.window)
+                say(f"{name}: step {step + 1}, loss {loss.item():.4f}, {now - began:.0f} s")
+                since = time.perf_counter()
+        counts = dispatch_counts()
+    tokens = settings.batch * settings.seq_len
+    return {
+        "name": name,
+        "asked_for": os.environ.get("FLASH_ATTENTION_IMPL"),
+        "active": current_flash_attention_impl(),
+        "torch_chooses": chosen,
+        "parameters": sum(p.numel() for p in parameters),
+        "tokens_per_second": round(tokens / statistics.median(times)),
+        "ms_per_step": [round(1e3 * seconds, 3) for seconds in times],
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if on_gpu else None,
+        "served": {op: found.served for op, found in counts.items() if found.served},
+        "declined": {op: dict(found.declined) for op, found in counts.items() if found.declined},
+        "losses": [round(value.item(), 5) for value in losses],
+    }
+
+
+def check(name: str) -> None:
+    """Exit if attention runs on what it should not run on."""
+    counts = dispatch_counts()
+    if name != NATIVE and name not in BACKENDS:
+        if not counts.served or counts.declined:
+            sys.exit(f"{name} does not serve this model: {counts}")
+    elif counts.served:
+        sys.exit(f"{name} should be torch's own kernel, but: {counts}")
+
+
+def say(words: str) -> None:
+    """Tell the progress."""
+    print(words, file=sys.stderr, flush=True)
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Return the mean of the last `SMOOTH` losses, from the first step that has as many."""
+    width = min(SMOOTH, len(losses))
+    return [statistics.fmean(losses[end - width : end]) for end in range(width, len(losses) + 1)]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
+    """Return how far the smoothed curves of two runs lie apart."""
+    pairs = zip(smoothed(one["losses"]), smoothed(other["losses"]), strict=True)
+    return [abs(a - b) for a, b in pairs]
+
+
+def title_of(run: Mapping[str, Any]) -> str:
+    """Return what a run is called in the table and in the figure."""
+    if run["name"] == NATIVE:
+        return f"{TITLES[NATIVE]} ({run['torch_chooses'].partition('_')[0]})"
+    return TITLES.get(run["name"], f"{run['active']} ({run['asked_for']})")
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Return the record as Markdown."""
+    found, runs, settings = record["environment"], record["runs"], record["settings"]
+    stock = next(run for run in runs if run["name"] == NATIVE)
+    lines = [
+        f"{found['gpu']}, torch {found['torch']}, cuDNN {found['cudnn']}, commit "
+        f"`{found['git_commit'][:7]}`, {found['date']}; {stock['parameters'] / 1e6:.0f} million "
+        f"parameters, {settings['batch']} x {settings['seq_len']} bytes a step, "
+        f"{settings['steps']} steps.",
+        "",
+        "| attention | tokens/s | over stock's | peak memory, MiB | loss at the end | mean gap "
+        "| largest gap | served forwards, backwards |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        gaps = differences(run, stock)
+        mean, most = (f"{value:.4f}" for value in (statistics.fmean(gaps), max(gaps)))
+        if run is stock:
+            mean = most = ""
+        served = [
+            sum(number for op, number in run["served"].items() if op.endswith("backward") is way)
+            for way in (False, True)
+        ]
+        peak = "" if run["peak_mib"] is None else f"{run['peak_mib']:.0f}"
+        ratio = run["tokens_per_second"] / stock["tokens_per_second"]
+        lines.append(
+            f"| {title_of(run)} | {run['tokens_per_second']:,} | {ratio:.3f} | {peak} "
+            f"| {smoothed(run['losses'])[-1]:.4f} | {mean} | {most} | {served[0]}, {served[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(record: Mapping[str, Any], name: str, path: Path) -> None:
+    """Draw the curves, and how far they lie from that of stock's own choice."""
+    # Any: matplotlib is not needed to check the types.
+    matplotlib: Any = importlib.import_module("matplotlib")
+    importlib.import_module("matplotlib.figure")
+    runs = record["runs"]
+    stock = next(run for run in runs if run["name"] == NATIVE)
+    others = [run["name"] for run in runs if run["name"] not in TITLES]
+    colours = {**COLOURS, **dict(zip(others, OTHER_COLOURS, strict=False))}
+    with matplotlib.rc_context({"svg.hashsalt": "train-gpt", "font.size": 9}):
+        figure = matplotlib.figure.Figure(figsize=(10.5, 4.2), layout="constrained")
+        curves, gaps = figure.subplots(1, 2)
+        for run in runs:
+            values = smoothed(run["losses"])
+            steps = range(len(run["losses"]) - len(values) + 1, len(run["losses"]) + 1)
+            look = {"color": colours.get(run["name"], "0.4"), "label": title_of(run)}
+            style = "-" if run is stock else "--"
+            curves.plot(steps, values, style, linewidth=1.4, **look)
+            if run is not stock:
+                gaps.plot(steps, differences(run, stock), linewidth=1.2, **look)
+        width = min(SMOOTH, len(stock["losses"]))
+        curves.set_title(f"loss, mean of {width} steps")
+        gaps.set_title(f"distance from {TITLES[NATIVE]}, means of {width} steps")
+        for axis in (curves, gaps):
+            axis.set_xlabel("step")
+            axis.set_ylabel("nats a byte")
+            axis.legend(frameon=False)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", color="0.9", linewidth=0.6)
+        gaps.set_ylim(bottom=0)
+        found = record["environment"]
+        origin = f"{found['gpu']}, torch {found['torch']}, commit {found['git_commit'][:7]}"
+        figure.supxlabel(f"{origin}, {found['date']}", fontsize=8, color="0.35")
+        metadata: dict[str, str | None] = {"Description": f"{name} sha256:{fingerprint(record)}"}
+        if path.suffix == ".svg":
+            metadata["Date"] = None  # the same record gives the same file
+        figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Make the runs, one process after the other, and write the record after each."""
+    settings = replace(SIZES[options.size], seed=options.seed)
+    corpus, described = text(settings.most_text)
+    say(f"text: {described}")
+    names = options.runs or [
+        NATIVE,
+        *options.impl,
+        "torch:flash" if settings.device == "cuda" else "torch:math",
+    ]
+    common = {"settings": asdict(settings), "smoothed_steps": SMOOTH, "text": described}
+    runs: dict[str, dict[str, Any]] = {}
+    if options.output.exists():
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        if any(before[key] != value for key, value in common.items()):
+            sys.exit(f"{options.output} holds runs of other settings or of another text")
+        runs = {run["name"]: run for run in before["runs"]}
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "text"), Path(folder, "run.json")
+        source.write_bytes(corpus)
+        for name in names:
+            own = {key: value for key, value in os.environ.items() if key != "FLASH_ATTENTION_IMPL"}
+            if name != NATIVE and name not in BACKENDS:
+                own["FLASH_ATTENTION_IMPL"] = name
+            command = [sys.executable, __file__, "worker", name, str(source), str(result)]
+            command += ["--size", options.size, "--commit", options.commit]
+            command += ["--seed", str(options.seed)]
+            for reference in options.register:
+                command += ["--register", reference]
+            subprocess.run(command, env=own, check=True)
+            made = json.loads(result.read_text(encoding="utf-8"))
+            where = made.pop("environment")
+            runs[name] = made
+            record = {"environment": where, **common, "runs": list(runs.values())}
+            record["environment"]["implementations"] = ", ".join(
+                run["active"] for run in runs.values() if run["active"]
+            )
+            write_record(options.output, record)
+    if NATIVE in runs:
+        print(table(record))
+
+
+def work(options: argparse.Namespace) -> None:
+    """Make one run; its process has been started for it."""
+    settings = replace(SIZES[options.size], seed=options.seed)
+    asked = "FLASH_ATTENTION_IMPL" in os.environ
+    if asked and options.register:  # otherwise the installed provider's hook has seen to it
+        for reference in options.register:
+            module, _, function = reference.partition(":")
+            getattr(importlib.import_module(module), function)()
+        activate_requested_flash_attention_impl()
+    run = train(settings, options.name, options.source.read_bytes())
+    run["environment"] = environment(settings.device, options.commit)
+    if settings.device == "cpu":
+        run["environment"].update(gpu="none (CPU)", times="of torch's CPU kernels")
+    write_record(options.result, run)
+
+
+def main() -> None:
+    """Run, or show what a record holds."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making, working = commands.add_parser("run"), commands.add_parser("worker")
+    for command in (making, working):
+        command.add_argument("--commit", required=True, help="git commit of the measured code")
+        command.add_argument("--size", choices=SIZES, default="gpt-100m")
+        command.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+        command.add_argument("--register", action="append", default=[], metavar="MODULE:FUNCTION")
+    making.add_argument("--output", type=Path, required=True, help="where the JSON record goes")
+    making.add_argument("--impl", nargs="*", default=["FA4"], help="what the environment asks for")
+    making.add_argument("--runs", nargs="*", help="native, torch:flash, or what --impl names")
+    working.add_argument("name")
+    working.add_argument("source", type=Path)
+    working.add_argument("result", type=Path)
+    showing, drawing = commands.add_parser("table"), commands.add_parser("plot")
+    for command in (showing, drawing):
+        command.add_argument("record", type=Path)
+    drawing.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options)
+    elif options.command == "worker":
+        work(options)
+    else:
+        record = json.loads(options.record.read_text(encoding="utf-8"))
+        if options.command == "table":
+            print(table(record))
+        else:
+            draw(record, options.record.name, options.output)
+
+
+if __name__ == "__main__":
+    main()
