@@ -639,3 +639,52 @@ def test_the_model_tells_what_would_go_wrong(split: int, flaw: str) -> None:
         except RaceError:
             return
     pytest.fail("nothing was found")
+
+
+def finishes_in_turns(*, resident: int, causal: bool, draws_first: bool) -> bool:
+    """Whether all tiles are done where only some thread blocks fit, each leaving at its end.
+
+    Steps of a tile wait for the turn of their block of queries, as in `wait_turn`; tiles of eight
+    heads, eight blocks of keys and of queries each, and twelve thread blocks.
+    """
+    heads, blocks, grid = 8, 8, 12
+    turns = [[0] * blocks for _ in range(heads)]
+
+    def steps_of(tile: int) -> list[tuple[int, int, int]]:  # head, block of queries, turn
+        if not causal:
+            return [(tile // blocks, m, tile % blocks) for m in range(blocks)]
+        n = blocks - 1 - tile // heads  # the last block of keys of every head first
+        return [(tile % heads, m, m - n) for m in range(n, blocks)]
+
+    drawn = iter(range(0 if draws_first else grid, heads * blocks + grid))
+    waiting = list(range(grid))
+    running: list[list[tuple[int, int, int]]] = []
+    while waiting or running:
+        while waiting and len(running) < resident:
+            own = waiting.pop(0)
+            tile = next(drawn, heads * blocks) if draws_first else own
+            running.append(steps_of(tile) if tile < heads * blocks else [])
+        moved = False
+        for i, steps in enumerate(running):
+            while steps and turns[steps[0][0]][steps[0][1]] == steps[0][2]:
+                turns[steps[0][0]][steps[0][1]] += 1
+                del steps[0]
+                moved = True
+            if not steps:
+                tile = next(drawn, heads * blocks)
+                running[i] = steps_of(tile) if tile < heads * blocks else []
+                moved = moved or bool(running[i])
+        if any(not steps for steps in running):
+            running = [steps for steps in running if steps]
+            moved = True
+        if not moved:
+            return False
+    return all(turn > 0 for head in turns for turn in head)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_turns_come_to_an_end_however_few_thread_blocks_are_resident(causal: bool) -> None:
+    for resident in range(1, 13):
+        assert finishes_in_turns(resident=resident, causal=causal, draws_first=True)
+    # A tile of one that is not there yet would be waited for by all who are.
+    assert not finishes_in_turns(resident=4, causal=causal, draws_first=False)

@@ -22,6 +22,7 @@ from fa4_cuda.library import (
     load,
 )
 from flash_attention_registry.sdpa import Capabilities
+from flash_attention_registry.sdpa.direct import not_served
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +114,12 @@ class CudaKernels:
             Gradients of query, key and value, each like its tensor.
 
         Raises:
+            NotImplementedError: `call` has `seqused_key`, which torch's backward ops do not know.
             RuntimeError: The launch failed.
         """
+        if call.seqused_key is not None:
+            reason = "gradients of a call with seqused_key are not supported"
+            raise not_served(self.name, reason)
         grad_out, out = _readable(grad_out), _readable(out)
         grads = empty_like(call.query), empty_like(call.key), empty_like(call.value)
         args = BackwardArgs(

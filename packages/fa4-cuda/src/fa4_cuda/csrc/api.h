@@ -98,7 +98,7 @@ typedef struct fa4_backward_args {
   fa4_tensor dq, dk, dv;  // written whole
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
-  const int32_t* seqused_k;
+  const int32_t* seqused_k;  // must be null
   int32_t element;
   int32_t batch;
   int32_t heads_q;

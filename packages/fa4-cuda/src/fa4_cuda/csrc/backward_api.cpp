@@ -38,7 +38,7 @@ int make_tensor_maps(BackwardParams& params, const fa4_backward_args& args,
   };
   const int rows_q = packed ? args.total_q : args.seq_q;
   const int rows_k = packed ? args.total_k : args.seq_k;
-  if (rows_q == 0) return FA4_OK;  // nothing will be loaded
+  if (rows_q == 0 || rows_k == 0) return FA4_OK;  // nothing will be loaded
   int status = encode(&params.q_map, args.q, rows_q, args.heads_q, tile.block_m);
   if (status == FA4_OK)
     status = encode(&params.grad_out_map, args.grad_out, rows_q, args.heads_q, tile.block_m);
@@ -55,7 +55,8 @@ int make_tensor_maps(BackwardParams& params, const fa4_backward_args& args,
 int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mask) {
   if (mask == Mask::kFull) return 1;
   constexpr int64_t kSectionBytes = 32 << 20, kSectionHeads = 16;
-  const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} * (args.heads_q / args.heads_k) *
+  const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} *
+                             std::max(1, args.heads_q / args.heads_k) *
                              tile.head_dim * (2 * kElementBytes + 4);
   return static_cast<int>(
       std::clamp<int64_t>(kSectionBytes / head_bytes, 1, kSectionHeads));
@@ -117,7 +118,8 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
     params.tiles = params.n_blocks * args.heads_k * args.batch;
     // Tiles differ in length under a mask: whoever is free draws the next. The counter is zeroed
     // with the rows of the queries.
-    const bool draws = queries && (packed || window.mask != Mask::kFull);
+    const bool draws =
+        queries && (packed || window.mask != Mask::kFull || plan.deterministic);
     params.next_tile = draws ? reinterpret_cast<int*>(memory + workspace.next_tile) : nullptr;
     params.last_block_first = plan.deterministic && window.mask != Mask::kFull;
     const int status = make_tensor_maps(params, args, tile);
@@ -141,5 +143,5 @@ extern "C" int fa4_backward_with_plan(const fa4_backward_args* args,
   const int status = fa4::check_backward(*args);
   if (status != FA4_OK) return status;
   if (plan->tile < 0 || plan->tile >= fa4::kBackwardTileCount) return FA4_INVALID_ARGUMENT;
-  return fa4::launch(*args, *plan);
+  return fa4::launch(fa4::without_excess(*args), *plan);
 }

@@ -170,7 +170,11 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
   if constexpr (kQueries) {
     const auto tile_ring = layout.tile_ring();
     RingPosition<2> tile_at;
-    int tile = blockIdx.x;
+    // Where thread blocks wait for each other's turns, who is not there yet must own no tile: others
+    // may hold its multiprocessor until it is done.
+    const bool deals_first = params.turns == nullptr || params.next_tile == nullptr;
+    const int dealt = deals_first ? gridDim.x : 0;
+    int tile = deals_first ? blockIdx.x : atomicAdd(params.next_tile, 1);
 #pragma unroll 1
     while (true) {
       const bool done = tile >= params.tiles;
@@ -181,7 +185,7 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
       if (done) break;
       load_tile(tile);
       tile = params.next_tile == nullptr ? tile + gridDim.x
-                                         : atomicAdd(params.next_tile, 1) + gridDim.x;
+                                         : atomicAdd(params.next_tile, 1) + dealt;
     }
   } else {
     TileReader<kTileIndex> tiles;
@@ -218,6 +222,7 @@ __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
       const BackwardWork work(params, tile);
       wait_turn(turns, turn_of<kBackwardTiles[kTileIndex]>(params, work, block));
     }
+    __syncwarp();  // bar.arrive below is for whole warps
 #pragma unroll 1
     for (int chunk = first_chunk; chunk < kTile.kDqChunks; chunk += kTile.dq_staged) {
       ptx::named_barrier_arrive(kDqEmptyBarrier + warpgroup, kDqThreads);

@@ -58,6 +58,14 @@ Rows rows_of(const Args& args) {
   return packed ? Rows{args.total_q, args.total_k} : Rows{args.seq_q, args.seq_k};
 }
 
+// Rows of the longest sequence. Of packed ones the caller may have named more than there are, up to
+// any number.
+template <class Args>
+Rows longest_of(const Args& args) {
+  if (args.cu_seqlens_q == nullptr) return {args.seq_q, args.seq_k};
+  return {std::min(args.seq_q, args.total_q), std::min(args.seq_k, args.total_k)};
+}
+
 template <class Args>
 bool has_queries(const Args& args, Rows rows) {
   return rows.q > 0 && args.batch > 0 && args.heads_q > 0;
@@ -114,10 +122,11 @@ int check_sizes(const Args& args, Rows rows) {
 
 template <class Args>
 Window window(const Args& args) {
+  const auto [seq_q, seq_k] = longest_of(args);
   const int right = args.causal ? 0 : args.window_right;
-  const bool left_bounded = args.window_left >= 0 && args.window_left < args.seq_k - 1;
-  const bool right_bounded = right >= 0 && right < args.seq_q - 1;
-  const int everything = args.seq_q + args.seq_k;
+  const bool left_bounded = args.window_left >= 0 && args.window_left < seq_k - 1;
+  const bool right_bounded = right >= 0 && right < seq_q - 1;
+  const int everything = seq_q + seq_k;
   Window window{Mask::kFull, everything, everything};
   if (right_bounded) {
     window.mask = Mask::kCausal;
@@ -131,6 +140,12 @@ Window window(const Args& args) {
 }
 
 }  // namespace
+
+fa4_backward_args without_excess(fa4_backward_args args) {
+  const Rows longest = longest_of(args);
+  args.seq_q = longest.q, args.seq_k = longest.k;
+  return args;
+}
 
 Window window_of(const fa4_forward_args& args) { return window(args); }
 Window window_of(const fa4_backward_args& args) { return window(args); }
@@ -153,6 +168,8 @@ int check_backward(const fa4_backward_args& args) {
   const int status = check_sizes(args, rows);
   if (status != FA4_OK) return status;
   if (!can_number_tiles(args, rows.k, args.heads_q)) return FA4_UNSUPPORTED_SIZE;
+  // Torch's backward op does not have it, and these kernels do not read it.
+  if (args.seqused_k != nullptr) return FA4_INVALID_ARGUMENT;
   // Without queries there are gradients of keys all the same, and the other way round.
   const auto queries = {args.q, args.out, args.grad_out, args.dq};
   const auto keys = {args.k, args.v, args.dk, args.dv};

@@ -18,6 +18,9 @@ Window window_of(const fa4_backward_args& args);
 int check_forward(const fa4_forward_args& args);
 int check_backward(const fa4_backward_args& args);
 
+// The same call, whose longest packed sequence is no longer than all of them together.
+fa4_backward_args without_excess(fa4_backward_args args);
+
 // Expects checked arguments.
 fa4_forward_plan plan_forward(const fa4_forward_args& args, int multiprocessors);
 
