@@ -125,7 +125,7 @@ typedef struct fa4_backward_plan {
   int32_t grid;  // thread blocks
   int32_t deterministic;
   int32_t reserved;
-  int64_t workspace_bytes;  // fp32 dQ, two numbers a row and 128 bytes
+  int64_t workspace_bytes;  // fp32 dQ, two numbers a row, counters; in whole tiles
 } fa4_backward_plan;
 
 // A row of the tile table.
