@@ -1,9 +1,10 @@
 // What compute-sanitizer's racecheck makes of cp.async.bulk: a ring of two buffers, filled by plain
-// bulk copies and read by one warp, each of whose lanes reads, uses what it has read, and arrives.
-// Nothing races; `plain` copies by the warp itself instead, for comparison.
+// bulk copies and read by one warp, which lets go of a buffer when all its lanes have read it and
+// used what they read: every lane arrives, or (`elected`) one does, behind __syncwarp. Nothing
+// races; `plain` copies by ordinary stores instead, for comparison.
 //
 //     nvcc -gencode=arch=compute_90a,code=sm_90a -o bulk_copies bulk_copies.cu
-//     compute-sanitizer --tool racecheck ./bulk_copies [plain]
+//     compute-sanitizer --tool racecheck ./bulk_copies [plain | elected]
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -28,14 +29,20 @@ __device__ void wait(uint32_t barrier, int parity) {
   }
 }
 
-__global__ void ring(const float* source, float* sums, bool plain) {
+enum class Way { kBulk, kPlain, kElected };
+
+__global__ void ring(const float* source, float* sums, Way way) {
   __shared__ alignas(128) float buffers[2][kWords];
   __shared__ alignas(8) uint64_t barriers[4];  // full, full, empty, empty
   const auto address = [](const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
   };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) init(address(&barriers[i]), 1), init(address(&barriers[2 + i]), 32);
+    const int readers = way == Way::kElected ? 1 : 32;
+    for (int i = 0; i < 2; ++i) {
+      init(address(&barriers[i]), 1);
+      init(address(&barriers[2 + i]), readers);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -44,7 +51,7 @@ __global__ void ring(const float* source, float* sums, bool plain) {
       const int at = round & 1, phase = round >> 1 & 1;
       const uint32_t full = address(&barriers[at]);
       wait(address(&barriers[2 + at]), phase ^ 1);
-      if (plain) {
+      if (way == Way::kPlain) {
         for (int i = 0; i < kWords; ++i) buffers[at][i] = source[round * kWords + i];
         arrive(full);
         continue;
@@ -63,7 +70,8 @@ __global__ void ring(const float* source, float* sums, bool plain) {
       const int at = round & 1, phase = round >> 1 & 1;
       wait(address(&barriers[at]), phase);
       atomicAdd(sums + round, buffers[at][lane] + buffers[at][32 + lane]);
-      arrive(address(&barriers[2 + at]));
+      if (way == Way::kElected) __syncwarp();
+      if (way != Way::kElected || lane == 0) arrive(address(&barriers[2 + at]));
     }
   }
 }
@@ -76,7 +84,11 @@ int main(int argc, char** argv) {
   cudaMalloc(&sums, sizeof found);
   cudaMemcpy(source, values, sizeof values, cudaMemcpyHostToDevice);
   cudaMemset(sums, 0, sizeof found);
-  ring<<<1, 64>>>(source, sums, argc > 1 && !strcmp(argv[1], "plain"));
+  const char* name = argc > 1 ? argv[1] : "bulk";
+  const Way way = !std::strcmp(name, "plain")     ? Way::kPlain
+                  : !std::strcmp(name, "elected") ? Way::kElected
+                                                  : Way::kBulk;
+  ring<<<1, 64>>>(source, sums, way);
   cudaMemcpy(found, sums, sizeof found, cudaMemcpyDeviceToHost);
   int wrong = 0;
   for (int round = 0; round < kRounds; ++round) {
@@ -84,7 +96,7 @@ int main(int argc, char** argv) {
     for (int i = 0; i < kWords; ++i) expected += values[round * kWords + i];
     wrong += found[round] != expected;
   }
-  std::printf("%s: %d of %d rounds wrong, %s\n", argc > 1 ? argv[1] : "bulk copies", wrong, kRounds,
+  std::printf("%s: %d of %d rounds wrong, %s\n", name, wrong, kRounds,
               cudaGetErrorString(cudaGetLastError()));
   return wrong != 0;
 }

@@ -7,6 +7,31 @@
 
 namespace fa4 {
 
+// By a warp, for one of the warp groups.
+template <int kTileIndex>
+__device__ __forceinline__ void take_dq_away(const BackwardParams& params,
+                                             const BackwardLayout<kTileIndex>& layout,
+                                             int warpgroup) {
+  constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
+  const auto take = [&](auto taker) {
+    if (params.turns == nullptr) {
+      taker.run();
+    } else {
+      taker.run_in_turns();
+    }
+  };
+  if constexpr (kTile.splits_rows()) {
+    take(DqTaker<kTileIndex, 1>(params, layout, warpgroup, 0, warpgroup));
+  } else {
+    constexpr int kFirst = (kTile.panels() + 1) / 2, kSecond = kTile.panels() - kFirst;
+    if (warpgroup == 0) {
+      take(DqTaker<kTileIndex, kFirst>(params, layout, 0, 0, 0));
+    } else {
+      take(DqTaker<kTileIndex, kSecond>(params, layout, 1, kFirst, 0));
+    }
+  }
+}
+
 template <int kTileIndex, Element kElement>
 __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     backward_kernel(const __grid_constant__ BackwardParams params) {
@@ -24,14 +49,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     } else if (threadIdx.x == 32) {
       produce_backward<Supply::kGradients>(params, layout);
     } else if (threadIdx.x >= 64) {
-      const int owner = (threadIdx.x >> 5) - 2;
-      constexpr int kFirst = (kTile.panels() + 1) / 2;
-      if constexpr (kTile.splits_rows()) {
-        take_dq_away<kTileIndex>(params, layout, owner, 0, 1, owner);
-      } else {
-        take_dq_away<kTileIndex>(params, layout, owner, owner * kFirst,
-                                 owner == 0 ? kFirst : kTile.panels() - kFirst, 0);
-      }
+      take_dq_away(params, layout, (threadIdx.x >> 5) - 2);
     }
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();

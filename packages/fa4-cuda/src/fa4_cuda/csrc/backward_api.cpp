@@ -52,8 +52,15 @@ int make_tensor_maps(BackwardParams& params, const fa4_backward_args& args,
 // Key heads whose blocks are worked on side by side, longest first: as many as have what all their
 // blocks share, Q, dO and the sums of dQ, in L2 (50 MB). Without a mask blocks are equal, and those
 // of one head follow each other.
-int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mask) {
-  if (mask == Mask::kFull) return 1;
+//
+// Where they take turns, a block of a head can only begin when the one before it has done its first
+// step, so there are as many heads as it takes for all thread blocks to begin at once.
+int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mask,
+               const fa4_backward_plan& plan) {
+  if (mask == Mask::kFull) {
+    const int n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
+    return plan.deterministic ? (plan.grid + n_blocks - 1) / n_blocks : 1;
+  }
   constexpr int64_t kSectionBytes = 32 << 20, kSectionHeads = 16;
   const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} *
                              std::max(1, args.heads_q / args.heads_k) *
@@ -114,7 +121,7 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
   params.scale_log2 = scale_log2_of(args.scale);
   if (plan.grid > 0) {
     params.n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
-    params.section = section_of(args, tile, window.mask);
+    params.section = section_of(args, tile, window.mask, plan);
     params.tiles = params.n_blocks * args.heads_k * args.batch;
     // Tiles differ in length under a mask: whoever is free draws the next. The counter is zeroed
     // with the rows of the queries.

@@ -203,8 +203,9 @@ __device__ __forceinline__ int load_acquire(const int* address) {
   return v;
 }
 
-__device__ __forceinline__ void add_release(int* address, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+// Orders nothing that came before.
+__device__ __forceinline__ void add_relaxed(int* address, int value) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // ---- arithmetic
