@@ -245,7 +245,9 @@ def train(settings: Settings, name: str, seed: int, corpus: bytes) -> dict[str, 
 
     losses: list[Tensor] = []
     times: list[float] = []
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    profile = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    )
     backend, began = "", time.perf_counter()
     since = began
     with contextlib.ExitStack() as stack:
@@ -497,9 +499,10 @@ def draw(record: Mapping[str, Any], name: str, path: Path) -> None:
     others = [name for name in runs if name not in TITLES]
     colours = {**COLOURS, **dict(zip(others, OTHER_COLOURS, strict=False))}
     with matplotlib.rc_context({"svg.hashsalt": "train-gpt", "font.size": 9}):
-        figure = matplotlib.figure.Figure(figsize=(12, 8), layout="constrained")
-        grid = figure.add_gridspec(2, 2)
-        curves, parting = (figure.add_subplot(grid[0, column]) for column in (0, 1))
+        figure = matplotlib.figure.Figure(figsize=(10.5, 7), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(4, 3))
+        curves, parting = above.subplots(1, 2)
+        gaps = below.subplots()
         for made in runs.values():
             run = made.get(seed)
             if run is None:
@@ -520,7 +523,6 @@ def draw(record: Mapping[str, Any], name: str, path: Path) -> None:
             axis.legend(frameon=False)
             axis.grid(axis="y", color="0.9", linewidth=0.6)
         parting.set_ylim(bottom=0)
-        gaps = figure.add_subplot(grid[1, :])
         pairs = pairs_of(record)
         kinds = {STOCK: COLOURS[NATIVE], AGAIN: "0.6"}
         for place, pair in enumerate(reversed(pairs)):
@@ -528,15 +530,16 @@ def draw(record: Mapping[str, Any], name: str, path: Path) -> None:
             gaps.plot(list(pair.gaps.values()), [place] * len(pair.gaps), "o", color=colour)
             gaps.plot([mean_gap([pair])], [place], "|", color=colour, markersize=16)
         gaps.set_yticks(range(len(pairs)), [pair.title for pair in reversed(pairs)])
+        gaps.set_ylim(-0.6, len(pairs) - 0.4)
         gaps.set_xscale("log")
-        gaps.set_xlabel("nats a byte: mean distance of two curves, a dot a seed; a bar the mean")
-        gaps.set_title("how far two runs of one seed lie apart")
+        gaps.set_xlabel("nats a byte; a dot is a seed, a bar their geometric mean")
+        gaps.set_title("mean distance of two runs of one seed")
         gaps.grid(axis="x", which="both", color="0.9", linewidth=0.6)
         for axis in (curves, parting, gaps):
             axis.spines[["top", "right"]].set_visible(False)
         found = record["environment"]
         origin = f"{found['gpu']}, torch {found['torch']}, commit {found['git_commit'][:7]}"
-        figure.supxlabel(f"{origin}, {found['date']}", fontsize=8, color="0.35")
+        below.supxlabel(f"{origin}, {found['date']}", fontsize=8, color="0.35")
         metadata: dict[str, str | None] = {"Description": f"{name} sha256:{fingerprint(record)}"}
         if path.suffix == ".svg":
             metadata["Date"] = None  # the same record gives the same file
@@ -564,7 +567,8 @@ def run_all(options: argparse.Namespace) -> None:
             own = {key: value for key, value in os.environ.items() if key != "FLASH_ATTENTION_IMPL"}
             if name != NATIVE and name not in BACKENDS:
                 own["FLASH_ATTENTION_IMPL"] = name
-            # What torch compiled under one `sdpa_kernel` it takes from its cache under another.
+            # What torch compiled under one `sdpa_kernel` it takes from its cache under another
+            # (pytorch#185449).
             own["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, name.replace(":", "-")))
             command = [sys.executable, __file__, "worker", name, str(source), str(result)]
             command += ["--size", options.size, "--commit", options.commit]
