@@ -322,6 +322,55 @@ def test_two_first_calls_at_once_activate_once_and_both_wait_for_it(pending, ker
     assert installs == [1]
 
 
+@pytest.mark.parametrize("wanted", ["c", "native", "missing"])
+@pytest.mark.parametrize(
+    ("decide", "active"),
+    [(Registry.restore, None), (lambda registry: registry.activate("a"), "a")],
+    ids=["restore", "activate"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_another_thread_decides_while_it_is_settled_supersedes_it(
+    abc, asked, monkeypatch, wanted, decide, active, when
+):
+    abc.activate("b")
+    asked(wanted)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stop(place):
+        if place == when and threading.current_thread() is settling:
+            reached.set()
+            assert go_on.wait(WAIT)
+
+    def stopping(change):
+        def stops(*names, **options):
+            stop("before")
+            try:
+                change(*names, **options)
+            finally:
+                stop("after")
+
+        return stops
+
+    errors = []
+
+    def settle():
+        try:
+            abc.request.activate()
+        except Exception as error:
+            errors.append(error)
+
+    for change in ("activate", "restore_if_active"):
+        monkeypatch.setattr(abc, change, stopping(getattr(abc, change)))
+    settling = threading.Thread(target=settle, daemon=True)
+    settling.start()
+    assert reached.wait(WAIT)
+    decide(abc)
+    go_on.set()
+    settling.join(WAIT)
+    assert not settling.is_alive()
+    assert (abc.current(), abc.request.pending, errors) == (active, (), [])
+
+
 def test_a_call_that_comes_while_another_one_fails_raises_too_in_a_strict_environment(
     pending, asked, monkeypatch
 ):
@@ -355,9 +404,9 @@ def test_a_first_call_and_a_transition_of_another_thread_do_not_wait_for_each_ot
 ):
     activate, activating = pending.activate, threading.Event()
 
-    def noticed(impl):
+    def noticed(impl, **options):
         activating.set()  # the first call holds the lock of the request from here on
-        activate(impl)
+        activate(impl, **options)
 
     calls = []
     other = threading.Thread(target=lambda: calls.append(pending.request.settle()), daemon=True)

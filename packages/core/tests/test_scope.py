@@ -66,6 +66,20 @@ def test_one_scope_may_be_nested_in_itself(ab):
     assert ab.current() == "a"
 
 
+@pytest.mark.parametrize("entries", [0, 1])
+def test_leaving_more_often_than_entering_is_an_error_that_changes_nothing(ab, kernels, entries):
+    scope = ImplScope(ab, "b")
+    for _ in range(entries):
+        with scope:
+            pass
+    removals = list(kernels.removals)
+    with pytest.raises(RuntimeError, match=r"'b': it was left as often as it was entered.*'a' is"):
+        scope.__exit__(None, None, None)
+    assert (ab.current(), kernels.removals) == ("a", removals)
+    with scope:
+        assert ab.current() == "b"
+
+
 def test_a_scope_that_cannot_be_entered_changes_nothing(ab, kernels):
     with pytest.raises(UnknownImplError), ImplScope(ab, "c"):
         pass

@@ -188,7 +188,7 @@ def test_a_request_is_tried_again_if_the_other_thread_has_just_finished(
     registry.register("a", register_fn=kernels.installer("a"))
     activate, calls = registry.activate, []
 
-    def busy_at_first(name):
+    def busy_at_first(name, **options):
         calls.append(name)
         if len(calls) == 1:
             raise BusyError(Lock())  # which is free

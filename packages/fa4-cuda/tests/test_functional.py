@@ -312,6 +312,17 @@ def test_a_backward_that_is_not_launched_says_why(
         out.sum().backward()
 
 
+def test_sequences_too_many_for_a_backward_are_refused_before_the_forward(
+    anywhere: kernel_set.CudaKernels,
+) -> None:
+    count, longest = 2**18, 2**16
+    query = torch.zeros(2 * longest, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    offsets = torch.full((count + 1,), longest, dtype=torch.int32)
+    offsets[0] = 0
+    with pytest.raises(NotImplementedError, match="too many rows or tiles"):
+        flash_attn_varlen_func(query, query, query, offsets, offsets, longest, longest)
+
+
 def test_gradients_where_keys_are_not_in_use_are_refused(
     anywhere: kernel_set.CudaKernels,
 ) -> None:

@@ -379,6 +379,32 @@ def test_backwards_are_planned_up_to_what_a_grid_can_number(
     assert planner.plan_backward(**call, **{side: last + 1})[0] == SIZE
 
 
+# The longest sequence of many has 2**16 rows: 1024 blocks of each would be too many.
+MANY = packed(batch=2**18, heads_q=8, seq_q=2**16, total_q=2**17, total_k=2**17)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        MANY,
+        {"batch": 2**10, "heads_q": 2**8, "seq_q": 64, "seq_k": 2**19},
+        {"batch": 2**10, "heads_q": 2**8, "seq_q": 2**19, "seq_k": 64},
+    ],
+    ids=["packed", "keys", "queries"],
+)
+def test_a_forward_whose_backward_has_too_many_tiles_is_declined(
+    planner, call: dict[str, Any]
+) -> None:
+    assert planner.plan_backward(**call)[0] == SIZE
+    assert planner.plan(**call)[0] == SIZE
+    fewer = {**call, "batch": call["batch"] // 2}
+    assert planner.plan_backward(**fewer)[0] == planner.plan(**fewer)[0] == OK
+
+
+def test_a_forward_that_no_backward_follows_may_be_of_any_number_of_sequences(planner) -> None:
+    assert planner.plan(**MANY, seqused_k=4096)[0] == OK
+
+
 def test_workspaces_of_the_backward_may_exceed_32_bits(planner) -> None:
     plan = planner.plan_backward(batch=64, seq_q=2**16, heads_q=64)[1]
     assert plan.workspace_bytes >= 64 * 2**16 * 64 * (128 + 2) * 4

@@ -199,16 +199,24 @@ class Registry:
 
     # Changing what is active
 
-    def activate(self, impl: str) -> None:
-        """See `activate_flash_attention_impl`."""
-        self.activate_for_torch(impl)
+    def activate(self, impl: str, *, wanted: Callable[[], bool] = lambda: True) -> None:
+        """See `activate_flash_attention_impl`.
 
-    def activate_for_torch(self, impl: str) -> Active | None:
+        Args:
+            impl: What to activate.
+            wanted: Asked when no other change can come between; if not, nothing happens.
+        """
+        self.activate_for_torch(impl, wanted=wanted)
+
+    def activate_for_torch(
+        self, impl: str, *, wanted: Callable[[], bool] = lambda: True
+    ) -> Active | None:
         """Activate `impl`; return what is active then, for `restore_for_torch`."""
         self._load_for(impl)
 
         def change(turn: Turn) -> Active | None:
-            self._activate(impl, turn)
+            if wanted():
+                self._activate(impl, turn)
             return self._slot.active
 
         return self._transitions.make(f"activate {impl!r}", change)
@@ -225,9 +233,14 @@ class Registry:
 
         self._transitions.make(RESTORE, change)
 
-    def restore_if_active(self) -> None:
-        """Restore stock kernels, without a warning if they run already."""
-        self._transitions.make(RESTORE, lambda turn: self._slot.put(None, turn))
+    def restore_if_active(self, *, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Restore stock kernels, without a warning if they run already; `wanted` as above."""
+
+        def change(turn: Turn) -> None:
+            if wanted():
+                self._slot.put(None, turn)
+
+        self._transitions.make(RESTORE, change)
 
     def restore_for_torch(self, active: Active | None) -> None:
         """Restore stock kernels if `active` is still what is active; never a `RestoreError`."""

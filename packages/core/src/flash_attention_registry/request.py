@@ -59,8 +59,12 @@ class EnvironmentRequest(ForkSensitive):
         return self._pending
 
     def supersede(self) -> None:
-        """Drop what is pending, because the program has decided itself."""
-        if not self._settling:
+        """Drop what is pending, because the program has decided itself.
+
+        Also while another thread settles it, which then activates nothing more. What the settling
+        thread does itself is no decision of the program's.
+        """
+        if not (self._settling and self._lock.is_mine()):
             self._pending = ()
 
     def activate(self) -> None:
@@ -219,15 +223,19 @@ class EnvironmentRequest(ForkSensitive):
     def _end_settling(self) -> None:
         self._settling = False
 
+    def _is_pending(self) -> bool:
+        """Whether anything is: another thread may have decided otherwise since it was read."""
+        return bool(self._pending)
+
     def _activate_first(self) -> None:
         reasons: dict[str, str] = {}
         failure: Exception | SystemExit | None = None
         for name in self._pending:
             try:
                 if name == NATIVE:
-                    self._registry.restore_if_active()
+                    self._registry.restore_if_active(wanted=self._is_pending)
                 else:
-                    self._registry.activate(name)
+                    self._registry.activate(name, wanted=self._is_pending)
             except (CudaNeededError, BusyError, RegistryWarning, RestoreError):
                 raise  # the last two, a warning by a filter, come after the activation
             except (Exception, SystemExit) as error:  # an implementation must not end the program
@@ -237,7 +245,7 @@ class EnvironmentRequest(ForkSensitive):
                 reasons[name] = ". ".join([text, *getattr(error, "__notes__", ())])
             else:
                 return
-        if failure is not None:
+        if failure is not None and self._is_pending():
             listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
             raise RequestUnavailableError(
                 f"{IMPL}={','.join(reasons)} asks for what cannot be activated here:{listed}",

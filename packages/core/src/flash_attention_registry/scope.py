@@ -109,8 +109,18 @@ class ImplScope:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Return to what was active at the matching entry."""
+        """Return to what was active at the matching entry.
+
+        Raises:
+            RuntimeError: There is none: it was left as often as it was entered.
+        """
         entries = self._entries
+        if not entries:
+            raise RuntimeError(
+                f"Cannot leave the scope of flash attention impl {self._impl!r}: it was left as "
+                f"often as it was entered. Nothing has changed, {self._registry.current()!r} is "
+                "active. Call __exit__ once for each __enter__, or use a with statement."
+            )
         try:
             self._leave(entries[-1])
         except RegistryWarning as warning:  # a filter made it an error

@@ -23,7 +23,8 @@ enum fa4_status {
   FA4_UNSUPPORTED_HEAD_DIM = 2,  // not a multiple of 8 from 8 to 256
   FA4_UNSUPPORTED_STRIDE =
       3,  // an address or stride that is no multiple of 16 bytes, negative, or over 2^40 bytes
-  FA4_UNSUPPORTED_SIZE = 4,           // more than 2^31 - 1 rows, tiles or elements of a sequence
+  FA4_UNSUPPORTED_SIZE =
+      4,  // more than 2^31 - 1 rows, tiles or elements of a sequence, here or in the backward
   FA4_UNSUPPORTED_DEVICE = 5,         // not a Hopper GPU (compute capability 9.0)
   FA4_WORKSPACE_TOO_SMALL = 6,        // the plan says how much is needed
   FA4_DRIVER_WITHOUT_TENSOR_MAP = 7,  // the driver is older than CUDA 12

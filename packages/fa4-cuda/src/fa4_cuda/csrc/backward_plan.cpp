@@ -2,7 +2,6 @@
 #include "backward_plan.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "plan.h"
 
@@ -71,17 +70,8 @@ fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocesso
 extern "C" int fa4_plan_backward(const fa4_backward_args* args, int multiprocessors,
                                  fa4_backward_plan* plan) {
   const int status = fa4::check_backward(*args);
-  if (status != FA4_OK) return status;
-  const fa4_backward_args call = fa4::without_excess(*args);
-  // Packed sequences are launched as if all were as long as the longest; rows of queries in units
-  // of 64, as many as the workspace holds.
-  const int64_t blocks =
-      std::max(fa4::ceil_div(call.seq_q, fa4::kRowAlignment) * (fa4::kRowAlignment / 64),
-               fa4::ceil_div(call.seq_k, 64));
-  if (blocks * call.heads_q * call.batch > std::numeric_limits<int32_t>::max())
-    return FA4_UNSUPPORTED_SIZE;
-  *plan = fa4::plan_backward(call, multiprocessors);
-  return FA4_OK;
+  if (status == FA4_OK) *plan = fa4::plan_backward(fa4::without_excess(*args), multiprocessors);
+  return status;
 }
 
 extern "C" int fa4_backward_tile_at(int tile, fa4_backward_tile* result) {

@@ -4,6 +4,8 @@
 #include <initializer_list>
 #include <limits>
 
+#include "backward_tiles.h"
+
 namespace fa4 {
 namespace {
 
@@ -98,6 +100,17 @@ bool can_number_tiles(const Args& args, int rows, int heads) {
   return row_blocks * heads <= std::numeric_limits<int32_t>::max();
 }
 
+// Whether a backward can number its tiles. It launches packed sequences as if all were as long as
+// the longest; rows of queries in units of 64, as many as its workspace holds.
+template <class Args>
+bool can_number_backward(const Args& args, Rows rows) {
+  const Rows longest = longest_of(args);
+  const int64_t blocks = std::max(ceil_div(longest.q, kRowAlignment) * (kRowAlignment / 64),
+                                  ceil_div(longest.k, 64));
+  return can_number_tiles(args, rows.k, args.heads_q) &&
+         blocks * args.heads_q * args.batch <= std::numeric_limits<int32_t>::max();
+}
+
 // What must hold for the sizes of a call in either direction.
 template <class Args>
 int check_sizes(const Args& args, Rows rows) {
@@ -115,8 +128,11 @@ int check_sizes(const Args& args, Rows rows) {
   if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0)
     return FA4_UNSUPPORTED_HEAD_DIM;
 
-  const bool countable =
-      std::max(rows.q, rows.k) <= kMaxRows && can_number_tiles(args, rows.q, args.heads_q);
+  // A forward whose backward could not follow is declined too: whoever trains is told before it
+  // runs, not after. With seqused_k none follows.
+  const bool countable = std::max(rows.q, rows.k) <= kMaxRows &&
+                         can_number_tiles(args, rows.q, args.heads_q) &&
+                         (args.seqused_k != nullptr || can_number_backward(args, rows));
   return countable ? FA4_OK : FA4_UNSUPPORTED_SIZE;
 }
 
@@ -167,7 +183,6 @@ int check_backward(const fa4_backward_args& args) {
   const Rows rows = rows_of(args);
   const int status = check_sizes(args, rows);
   if (status != FA4_OK) return status;
-  if (!can_number_tiles(args, rows.k, args.heads_q)) return FA4_UNSUPPORTED_SIZE;
   // Torch's backward op does not have it, and these kernels do not read it.
   if (args.seqused_k != nullptr) return FA4_INVALID_ARGUMENT;
   // Without queries there are gradients of keys all the same, and the other way round.
