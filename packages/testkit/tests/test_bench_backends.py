@@ -171,3 +171,27 @@ def test_the_gradient_of_out_lies_as_asked(
     flash_attention_registry_reset.register("looks", register_fn=lambda: install(Looks(), "cpu"))
     result(dataclasses.replace(BACKWARD, grad_layout=layout), "looks")
     assert found == [strides]
+
+
+def test_only_deterministic_cells_ask_for_gradients_that_repeat(
+    flash_attention_registry_reset,
+) -> None:
+    class Notes(Zeros):
+        def forward(self, call):
+            found.append(torch.are_deterministic_algorithms_enabled())
+            return super().forward(call)
+
+        def backward(self, call, grad_out, out, lse):
+            found.append(torch.are_deterministic_algorithms_enabled())
+            fills.append(torch.utils.deterministic.fill_uninitialized_memory)
+            return super().backward(call, grad_out, out, lse)
+
+    found: list[bool] = []
+    fills: list[bool] = []
+    flash_attention_registry_reset.register("notes", register_fn=lambda: install(Notes(), "cpu"))
+    result(BACKWARD, "notes")
+    result(dataclasses.replace(BACKWARD, deterministic=True), "notes")
+    assert found == [False, False, False, True]
+    assert fills == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

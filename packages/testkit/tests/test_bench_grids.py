@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flash_attention_testkit.bench.grids import GRIDS, Cell, own_grid
@@ -48,6 +50,7 @@ def test_a_decoding_step_reads_each_key_and_value_once() -> None:
         ({"direction": "sideways"}, "direction must be"),
         ({"grad_layout": "dhsb"}, "grad_layout must be"),
         ({"causal": True, "query_len": 1}, "without the mask"),
+        ({"deterministic": True}, "measure it with the backward"),
     ],
 )
 def test_a_cell_that_no_kernel_could_run_is_refused(changes, said) -> None:
@@ -70,6 +73,11 @@ def test_every_named_grid_is_what_its_name_says() -> None:
     assert all(sum(one.seq_lens) == 16384 for one in GRIDS["varlen"]())
     assert all(one.kv_heads < one.heads for one in GRIDS["gqa"]())
     assert max(one.flops for one in GRIDS["small"]()) < 1e8
+    deterministic = list(GRIDS["deterministic"]())
+    assert all(one.deterministic for one in deterministic)
+    assert [replace(one, deterministic=False) for one in deterministic] == [
+        one for one in GRIDS["anchors"]() if one.direction == "backward"
+    ]
 
 
 def test_an_own_grid_is_every_combination_and_defaults_to_the_anchors() -> None:

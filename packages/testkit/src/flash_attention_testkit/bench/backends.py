@@ -201,7 +201,38 @@ def operation(cell: Cell, inputs: Inputs, name: str) -> Callable[[], Any]:
     heads_first = cell.grad_layout == "bhsd" and not cell.seq_lens
     layout = torch.contiguous_format if heads_first else torch.preserve_format
     grad = torch.randn_like(out, memory_format=layout)
-    return lambda: torch.autograd.grad(out, inputs.tensors, grad, retain_graph=True)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs.tensors, grad, retain_graph=True)
+
+    if not cell.deterministic:
+        return backward
+
+    def deterministic_backward() -> tuple[Tensor, ...]:
+        with _deterministic_algorithms():
+            return backward()
+
+    return deterministic_backward
+
+
+@contextlib.contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    """What runs inside is to repeat bit for bit, where it can.
+
+    Torch also fills new memory with NaN then, for those who read it unwritten; not here, where
+    kernels are timed.
+    """
+    options: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    options.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        options.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
 def _dense(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:

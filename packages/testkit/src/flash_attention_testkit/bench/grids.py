@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Cell:
         query_len: Query rows of a sequence; None is `seq_len`.
         seq_lens: Lengths of packed sequences; empty for a dense batch.
         grad_layout: Of `GRAD_LAYOUTS`; for the backward of a dense batch only.
+        deterministic: Whether the gradients are asked for as
+            `torch.use_deterministic_algorithms(True)` does; backward only.
     """
 
     direction: str
@@ -57,6 +60,7 @@ class Cell:
     query_len: int | None = None
     seq_lens: tuple[int, ...] = ()
     grad_layout: str = "bshd"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no kernel could be asked for."""
@@ -77,6 +81,8 @@ class Cell:
             raise ValueError(
                 f"grad_layout must be one of {GRAD_LAYOUTS}, found {self.grad_layout!r}"
             )
+        if self.deterministic and self.direction != "backward":
+            raise ValueError("deterministic asks for gradients; measure it with the backward")
         if self.causal and self.rows != self.seq_len:
             raise ValueError(
                 f"a causal mask over {self.rows} query rows and {self.seq_len} keys means "
@@ -118,6 +124,7 @@ class Cell:
         return (
             f"{self.direction} B {self.batch} H {heads} S {length} D {self.head_dim} "
             f"{'causal' if self.causal else 'full'}{' packed' if self.seq_lens else ''}"
+            f"{' deterministic' if self.deterministic else ''}"
         )
 
 
@@ -154,6 +161,13 @@ def _decode() -> Iterator[Cell]:
         yield Cell("forward", 128, seq_len, False, batch, heads, kv_heads, query_len=1)
 
 
+def _deterministic() -> Iterator[Cell]:
+    """The papers' grid, backward, with gradients that are to repeat bit for bit."""
+    return (
+        dataclasses.replace(cell, deterministic=True) for cell in own_grid(directions=("backward",))
+    )
+
+
 def _small() -> Iterator[Cell]:
     """What Triton's interpreter finishes in seconds."""
     return own_grid(head_dims=(64,), seq_lens=(128,), batches=(1,), heads=(2,))
@@ -165,6 +179,7 @@ GRIDS: Mapping[str, Callable[[], Iterator[Cell]]] = MappingProxyType(
         "decode": _decode,
         "varlen": _varlen,
         "gqa": _gqa,
+        "deterministic": _deterministic,
         "small": _small,
     }
 )

@@ -143,6 +143,7 @@ def _cells(rows: Iterable[Row]) -> list[dict[str, Row]]:
         "kv_heads",
         "dtype",
         "grad_layout",
+        "deterministic",
     )
     for row in rows:
         key = (*(row.get(axis) for axis in axes), str(row.get("seq_lens")), row.get("query_len"))
