@@ -203,9 +203,8 @@ __device__ __forceinline__ int load_acquire(const int* address) {
   return v;
 }
 
-// Orders nothing that came before.
-__device__ __forceinline__ void add_relaxed(int* address, int value) {
-  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+__device__ __forceinline__ void add_release(int* address, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // ---- arithmetic
