@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ PAGES = {
     "nvidia-h200-fa4-triton.json": ROOT / "docs/kernels/fa4-triton-portable.md",
     "nvidia-h100-fa4-triton.json": ROOT / "docs/benchmarks.md",
     "nvidia-h100-fa4-cuda.json": ROOT / "docs/kernels/fa4-cuda-forward.md",
+    "nvidia-h100-fa4-cuda-backward.json": ROOT / "docs/kernels/fa4-cuda-backward.md",
 }
 FINGERPRINT = re.compile(rb"([\w.-]+\.json) sha256:([0-9a-f]{64})")
 
@@ -60,6 +62,16 @@ def test_a_record_says_where_and_on_what_it_was_measured(path: Path) -> None:
     environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
     for field in ("gpu", "torch", "cuda", "cudnn", "triton", "git_commit", "date"):
         assert environment[field], field
+
+
+def test_deterministic_gradients_of_the_cuda_kernels_cost_at_most_15_percent() -> None:
+    ms: dict[str, list[float]] = {"anchors": [], "deterministic": []}
+    for row in record("nvidia-h100-fa4-cuda-backward.json")["rows"]:
+        if row["impl"] == "fa4-cuda":
+            ms[row["grid"]].append(row["ms"])
+    ratios = [slow / fast for slow, fast in zip(ms["deterministic"], ms["anchors"], strict=True)]
+    assert len(ratios) == 18
+    assert statistics.geometric_mean(ratios) < 1.15
 
 
 def test_the_page_shows_the_training_runs() -> None:
