@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -128,9 +128,13 @@ _FORWARD: dict[tuple[int, int, Mask], tuple[tuple[int, HopperTile], ...]] = {
     ),
     (72, 128, "none"): ((ANY, HopperTile(128, 128, 128, 2, drawn=False, own_o=True)),),
     (72, 128, "causal"): ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+    # Fewer rows than of a full mask: what a tile sees beyond its rows' windows is in vain.
+    (40, 64, "window"): ((ANY, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),),
+    (72, 128, "window"): ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
     # 128 keys do not fit, nor does an output of its own.
     (136, 256, "none"): ((ANY, HopperTile(128, 64, 256, 2, drawn=False, own_o=False)),),
     (136, 256, "causal"): ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+    (136, 256, "window"): ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
 }
 
 
@@ -141,6 +145,8 @@ def choose(situation: Situation) -> Choice:
     if reason is None:
         for (narrowest, widest, mask), tiles in _FORWARD.items():
             if narrowest <= situation.head_dim <= widest and mask == situation.mask:
+                if situation.varlen:  # tiles of sequences of different lengths cannot be dealt
+                    tiles = tuple((rows, replace(tile, drawn=True)) for rows, tile in tiles)
                 return Choice(tiles, None)
         reason = f"head_dim {situation.head_dim} would be padded to more than half as much again"
     return Choice((), reason)
@@ -156,10 +162,6 @@ def _why_portable(situation: Situation) -> str | None:
         return f"{KERNELS} asks for it"
     if situation.direction == "backward":
         return "the backward is the portable one"
-    if situation.varlen:
-        return "packed sequences"
-    if situation.mask == "window":
-        return "a window"
     return None
 
 
@@ -199,16 +201,24 @@ def situation_of(
     asked: Asked,
 ) -> Situation:
     """The situation of a request."""
-    size = sizes_of(request)
-    mask: Mask = "none"
-    if size.left is not None or (size.right is not None and not request.causal):
-        mask = "window"
-    elif size.right is not None:
-        mask = "causal"
-    varlen = request.packed is not None
     return Situation(
-        device.architecture, triton, gluon, size.head_dim, dtype, mask, direction, varlen, asked
+        device.architecture,
+        triton,
+        gluon,
+        request.query_shape[-1],
+        dtype,
+        _mask_of(request),
+        direction,
+        request.packed is not None,
+        asked,
     )
+
+
+def _mask_of(request: Request) -> Mask:
+    size = sizes_of(request)
+    if size.left is not None or (size.right is not None and not request.causal):
+        return "window"
+    return "none" if size.right is None else "causal"
 
 
 SMALLEST_SCALE = 1e-30
@@ -222,11 +232,11 @@ def why_not_this_call(
     scale: Scale,
     asked: Asked = "fastest",
 ) -> str | None:
-    """Why a dense call that the table gives to the Hopper forward cannot go there, or None.
+    """Why a call that the table gives to the Hopper forward cannot go there, or None.
 
     Args:
         request: What.
-        strides: Of query, key, value and out, [B, S, H, D].
+        strides: Of query, key, value and out.
         alignment: Bit i: tensor i starts at a multiple of 16 bytes.
         scale: The call's.
         asked: With "hopper", the portable kernel being faster is no reason.
@@ -235,7 +245,7 @@ def why_not_this_call(
         return "a scale that is zero, or nearly, or negative"
     if 0 in request.query_shape or 0 in request.key_shape:
         return "no queries or no keys"
-    if request.query_shape[1] < FEWEST_ROWS:
+    if asked != "hopper" and sizes_of(request).seq_len_q < FEWEST_ROWS:
         return f"fewer than {FEWEST_ROWS} queries: most of a tile would be empty"
     if alignment & 0b1111 != 0b1111:
         return "a tensor does not start at a multiple of 16 bytes"
@@ -257,7 +267,7 @@ FEWEST_ROWS = 64
 class Tensor4(NamedTuple):
     """One tensor as TMA sees it."""
 
-    shape: tuple[int, ...]  # [B, H, S, D]
+    shape: tuple[int, ...]  # [B, H, S, D], packed [1, H, T, D]
     strides: tuple[int, ...]
     block: tuple[int, ...]  # [1, 1, rows, D of the tile]
 
@@ -268,15 +278,17 @@ class HopperPlan:
 
     Attributes:
         tile: How it is cut.
-        causal: Whether it is masked.
-        tail: Whether the last block of keys is not full, where nothing else masks it.
+        mask: How it is masked.
+        varlen: Whether sequences are packed.
+        tail: Whether the last block of keys may not be full, where nothing else masks it.
         programs: The grid, one-dimensional.
         tensors: Query, key, value and out.
         scalars: The int arguments, in the kernel's order.
     """
 
     tile: HopperTile
-    causal: bool
+    mask: Mask
+    varlen: bool
     tail: bool
     programs: int
     tensors: tuple[Tensor4, Tensor4, Tensor4, Tensor4]
@@ -295,11 +307,13 @@ def plan_hopper_forward(
     Args:
         device: Where.
         request: What.
-        strides: Of query, key, value and out, [B, S, H, D].
+        strides: Of query, key, value and out.
         tile: How it is cut.
     """
     size = sizes_of(request)
-    causal = size.right is not None
+    mask = _mask_of(request)
+    varlen = request.packed is not None
+    everything = size.seq_len_q + size.seq_len_k
     group = size.heads // size.heads_kv
     blocks = -(-size.seq_len_q // tile.m)
     heads_total = size.batch * size.heads
@@ -313,16 +327,19 @@ def plan_hopper_forward(
     )
     return HopperPlan(
         tile,
-        causal,
-        tail=not causal and size.seq_len_k % tile.n != 0,
+        mask,
+        varlen,
+        tail=mask == "none" and (varlen or size.seq_len_k % tile.n != 0),
         programs=min(device.multiprocessors, tiles),
         tensors=(query, key, value, out),
         scalars=(
             size.heads,
             group,
             heads_total,
-            size.seq_len_q,
-            size.seq_len_k,
+            request.query_shape[-3],
+            request.key_shape[-3],
+            everything if size.left is None else size.left,
+            everything if size.right is None else size.right,
             tiles,
             blocks,
             min(section, max(group, SIDE_BY_SIDE)),
@@ -335,6 +352,8 @@ def _shapes(request: Request) -> tuple[tuple[int, ...], ...]:
 
 
 def _tensor(shape: tuple[int, ...], strides: Strides, rows: int, columns: int) -> Tensor4:
+    if len(shape) == 3:  # packed: one long sequence
+        shape, strides = (1, *shape), (0, *strides)
     batch, seq_len, heads, head_dim = shape
     # A dimension of size 1 may have any stride in torch; TMA wants one that is valid.
     used = [stride if size > 1 else head_dim for size, stride in zip(shape, strides, strict=True)]

@@ -33,6 +33,7 @@ from fa4_triton.plan import (
     plan_key_gradients,
     plan_queries,
     request_of,
+    sizes_of,
 )
 from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
 from flash_attention_registry.sdpa import Capabilities, count_kernel
@@ -137,9 +138,10 @@ def _forward_of(
         if reason is None:
             from fa4_triton.hopper_launch import config_of
 
-            tile = choice.tile(request.query_shape[1])
+            tile = choice.tile(sizes_of(request).seq_len_q)
             plan = plan_hopper_forward(device, request, strides, tile)
-            variant = _hopper_variant(config_of(tile, plan.causal, plan.tail), dtype)
+            config = config_of(tile, plan.mask, plan.varlen, plan.tail)
+            variant = _hopper_variant(config, dtype)
             return _Forward(variant, plan, (), "fa4-triton's Hopper forward", like_lse)
         counted = f"fa4-triton's portable forward: {reason}"
     variant, programs, scalars = _launch_of(
