@@ -23,6 +23,7 @@ __all__ = [
     "HopperPlan",
     "HopperTile",
     "Situation",
+    "Worth",
     "choose",
     "plan_hopper_forward",
     "situation_of",
@@ -96,6 +97,16 @@ class HopperTile:
     own_o: bool
 
 
+class Worth(NamedTuple):
+    """From how many pairs of a row and a key on the Hopper forward is the faster one.
+
+    Its programs take longer to begin and its tiles are larger than the portable kernel's.
+    """
+
+    head: int  # of one head of the longest sequence
+    call: int  # in all, of a window those that it spans
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Which kernel serves a situation.
@@ -103,38 +114,88 @@ class Choice:
     Attributes:
         tiles: (most query rows of a sequence, tile), the shortest first; empty: the portable
             kernel serves.
+        worth: Smaller calls go to the portable kernel all the same.
         reason: Why the portable one does; None if the Hopper one does.
     """
 
     tiles: tuple[tuple[int, HopperTile], ...]
+    worth: Worth
     reason: str | None
 
     def tile(self, seq_len_q: int) -> HopperTile:
         """The tile for sequences of so many query rows."""
         return next(tile for longest, tile in self.tiles if seq_len_q <= longest)
 
+    def why_too_small(self, request: Request) -> str | None:
+        """Why the portable kernel is faster at a request, or None."""
+        size = sizes_of(request)
+        span = size.seq_len_k
+        if size.left is not None:
+            span = min(span, size.left + (size.right or 0) + 1)
+        rows = size.batch * size.seq_len_q
+        if request.packed is not None:
+            rows = min(rows, request.query_shape[0])
+        if size.seq_len_q < FEWEST_ROWS:
+            return f"fewer than {FEWEST_ROWS} queries: most of a tile would be empty"
+        if size.seq_len_q * size.seq_len_k < self.worth.head:
+            return f"less than {self.worth.head} pairs of a row and a key in a head"
+        if rows * size.heads * span < self.worth.call:
+            return f"less than {self.worth.call >> 20} * 2^20 pairs of a row and a key"
+        return None
+
 
 ANY = 1 << 31
 """More rows than any sequence has."""
 
-# (narrowest, widest) head dim and mask -> tiles by the number of query rows, and the reason.
-_FORWARD: dict[tuple[int, int, Mask], tuple[tuple[int, HopperTile], ...]] = {
+ALWAYS = Worth(0, 0)
+
+# (narrowest, widest) head dim and mask -> tiles by the number of query rows, and the reason; and
+# from where on they are worth it, found on shapes from 1 x 8 heads of 256 rows to 8192 rows.
+_FORWARD: dict[tuple[int, int, Mask], tuple[tuple[tuple[int, HopperTile], ...], Worth]] = {
     # Three consumers hide more of the exponentials, which take as long as the products here.
-    (40, 64, "none"): ((ANY, HopperTile(192, 128, 64, 3, drawn=False, own_o=True)),),
-    (40, 64, "causal"): (
-        # Fewer keys in vain: 0.89 against 0.73 of cuDNN's speed at 1024, 0.98 against 0.96 at 4096.
-        (4096, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),
-        (ANY, HopperTile(192, 128, 64, 3, drawn=True, own_o=True)),
+    (40, 64, "none"): (
+        ((ANY, HopperTile(192, 128, 64, 3, drawn=False, own_o=True)),),
+        Worth(head=1 << 18, call=64 << 20),
     ),
-    (72, 128, "none"): ((ANY, HopperTile(128, 128, 128, 2, drawn=False, own_o=True)),),
-    (72, 128, "causal"): ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+    (40, 64, "causal"): (
+        (
+            # Fewer keys in vain: 0.89 against 0.73 of cuDNN's speed at 1024, 0.98 against 0.96 at
+            # 4096.
+            (4096, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),
+            (ANY, HopperTile(192, 128, 64, 3, drawn=True, own_o=True)),
+        ),
+        Worth(head=1 << 14, call=32 << 20),
+    ),
     # Fewer rows than of a full mask: what a tile sees beyond its rows' windows is in vain.
-    (40, 64, "window"): ((ANY, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),),
-    (72, 128, "window"): ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+    (40, 64, "window"): (
+        ((ANY, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),),
+        Worth(head=1 << 14, call=32 << 20),
+    ),
+    (72, 128, "none"): (
+        ((ANY, HopperTile(128, 128, 128, 2, drawn=False, own_o=True)),),
+        Worth(head=1 << 14, call=0),
+    ),
+    (72, 128, "causal"): (
+        ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+        Worth(head=1 << 14, call=12 << 20),
+    ),
+    (72, 128, "window"): (
+        ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+        Worth(head=1 << 14, call=12 << 20),
+    ),
     # 128 keys do not fit, nor does an output of its own.
-    (136, 256, "none"): ((ANY, HopperTile(128, 64, 256, 2, drawn=False, own_o=False)),),
-    (136, 256, "causal"): ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
-    (136, 256, "window"): ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+    (136, 256, "none"): (
+        ((ANY, HopperTile(128, 64, 256, 2, drawn=False, own_o=False)),),
+        ALWAYS,
+    ),
+    (136, 256, "causal"): (
+        ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+        ALWAYS,
+    ),
+    (136, 256, "window"): (
+        ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+        ALWAYS,
+    ),
 }
 
 
@@ -143,13 +204,13 @@ def choose(situation: Situation) -> Choice:
     """The kernel for a situation."""
     reason = _why_portable(situation)
     if reason is None:
-        for (narrowest, widest, mask), tiles in _FORWARD.items():
+        for (narrowest, widest, mask), (tiles, worth) in _FORWARD.items():
             if narrowest <= situation.head_dim <= widest and mask == situation.mask:
                 if situation.varlen:  # tiles of sequences of different lengths cannot be dealt
                     tiles = tuple((rows, replace(tile, drawn=True)) for rows, tile in tiles)
-                return Choice(tiles, None)
+                return Choice(tiles, worth, None)
         reason = f"head_dim {situation.head_dim} would be padded to more than half as much again"
-    return Choice((), reason)
+    return Choice((), ALWAYS, reason)
 
 
 def _why_portable(situation: Situation) -> str | None:
@@ -230,7 +291,6 @@ def why_not_this_call(
     strides: tuple[Strides, ...],
     alignment: int,
     scale: Scale,
-    asked: Asked = "fastest",
 ) -> str | None:
     """Why a call that the table gives to the Hopper forward cannot go there, or None.
 
@@ -239,14 +299,11 @@ def why_not_this_call(
         strides: Of query, key, value and out.
         alignment: Bit i: tensor i starts at a multiple of 16 bytes.
         scale: The call's.
-        asked: With "hopper", the portable kernel being faster is no reason.
     """
     if scale != "positive":
         return "a scale that is zero, or nearly, or negative"
     if 0 in request.query_shape or 0 in request.key_shape:
         return "no queries or no keys"
-    if asked != "hopper" and sizes_of(request).seq_len_q < FEWEST_ROWS:
-        return f"fewer than {FEWEST_ROWS} queries: most of a tile would be empty"
     if alignment & 0b1111 != 0b1111:
         return "a tensor does not start at a multiple of 16 bytes"
     for shape, given in zip(_shapes(request), strides, strict=True):
