@@ -96,6 +96,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[Launches
     hopper = Device("hopper", l2_bytes=50 << 20, multiprocessors=132)
     monkeypatch.setattr(kernel_set, "_device", lambda index: hopper)
     monkeypatch.setattr(kernel_set, "_hopper_variant", lambda config, dtype: launches)
+    monkeypatch.setattr(kernel_set.triton, "__version__", "3.6.0")
     monkeypatch.setattr(kernel_set, "ASKED", "hopper")  # for calls as small as these
     reset_dispatch_counts()
     forget_plans()
