@@ -3,7 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
         python packages/fa4-triton/tests/sanitize.py
 
-Also with `--tool synccheck`, and with `--tool racecheck`, which tests/sanitizer/README.md is about.
+Also with `--tool synccheck`, and with `--tool racecheck`, whose reports on the Hopper kernels
+`sanitizer/board.py` is about.
 With `FA4_TRITON_KERNELS=hopper` the Hopper kernels run where the portable ones would be faster;
 `--forward` leaves the backward out. Without torch's caching allocator every tensor is an allocation
 of its own, so that one row too far is an access out of bounds. Lengths are chosen to leave part of

@@ -303,7 +303,7 @@ def test_registration_says_all_that_the_registry_asks(monkeypatch: pytest.Monkey
 
 def test_public_names_are_there_and_others_are_not() -> None:
     assert set(fa4_triton.__all__) <= set(dir(fa4_triton))
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "register"):
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "register", "warmup"):
         assert callable(getattr(fa4_triton, name))
     with pytest.raises(AttributeError, match="has no attribute 'flash_attn_kvpacked_func'"):
         _ = fa4_triton.flash_attn_kvpacked_func
