@@ -1,4 +1,4 @@
-"""Compiling ahead: what is refused, and why. What is compiled, test_launch.py and test_cuda.py see."""
+"""Compiling ahead: what is refused, and why. What is compiled is seen in test_launch.py."""
 
 from __future__ import annotations
 

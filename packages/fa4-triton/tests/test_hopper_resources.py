@@ -27,7 +27,6 @@ ACCEPTED_SPILLS = {
     (128, 128, "causal", True): 8,
     (128, 128, "window", False): 144,
     (256, 128, "causal", False): 56,
-    (256, 128, "window", True): 256,
 }
 
 
@@ -93,8 +92,8 @@ def test_a_causal_loop_without_a_mask_is_no_longer_than_one_of_a_full_tile(
 ) -> None:
     """Copies of P between the loops' registers made it 14% longer once."""
     lengths: dict[Any, dict[bool, int]] = {}
-    for record in records:
-        tile, causal = record.case.tile, record.case.causal
+    for record in (one for one in records if one.case.mask != "window"):
+        tile, causal = record.case.tile, record.case.mask == "causal"
         shortest = min(loop.length for loop in loops_over_keys(record))
         lengths.setdefault((tile.m, tile.n, tile.d), {})[causal] = shortest
     both = [found for found in lengths.values() if len(found) == 2]
