@@ -1,0 +1,641 @@
+"""Backward for Hopper: a producer warp and two consumer warp groups, key block after key block.
+
+A program keeps a block of keys and goes over the queries that see them. Scores are computed
+transposed, S^T = K Q^T and dP^T = V dO^T, keys by queries, so that P^T and dS^T are left operands
+in registers of dV += P^T dO and dK += dS^T Q. Each consumer has half of the keys. dQ = dS K sums
+over all of them: dS goes through shared memory, and each consumer computes half of dQ, which
+leaves for its fp32 sums in global memory through the copy engine.
+
+One product is always under way: under those of dQ and dK of one block runs the softmax of the
+next, under that of dV the gradient of the scores. None is under way where the loop turns: ptxas
+would serialise all of them. Exponents count in log2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fa4_triton.kernels.hopper import (
+    Grid,
+    Ring,
+    draw,
+    following,
+    make_barriers,
+    make_board,
+    make_ring,
+    place,
+    publish,
+    published,
+)
+
+KEYS = gl.constexpr(64)
+"""Keys of a consumer: what one warp group's matrix product spans."""
+
+UNIT = gl.constexpr(64)
+"""Rows of dQ that lie together in its sums, a panel of as many columns after the other."""
+
+LINE = gl.constexpr(256)
+"""Elements of a line of the sums of dQ; a panel has 16 lines."""
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """What the kernel is compiled for.
+
+    Attributes:
+        m: Query rows of a block.
+        d: Columns, a power of two.
+        q_stages: Slots of Q.
+        do_stages: Slots of dO.
+        causal: Row i sees the keys up to i + Sk - Sq.
+        tail: Sk is no multiple of `n`.
+        drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
+        consumer_registers: Of a consumer's thread.
+        producer_registers: Of a producer's.
+    """
+
+    m: int
+    d: int
+    q_stages: int
+    do_stages: int
+    causal: bool
+    tail: bool
+    drawn: bool
+    dq_first: bool
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def n(self) -> int:
+        """Keys of a tile."""
+        return 128
+
+    @property
+    def masks(self) -> bool:
+        """Whether there are blocks in which a query does not see a key."""
+        return self.causal or self.tail
+
+
+class Memory(NamedTuple):
+    """Shared memory: blocks, and the barriers of each kind of block."""
+
+    k: Any  # [1, N, D]
+    v: Any  # like k
+    q: Any  # [q_stages, M, D]
+    do: Any  # [do_stages, M, D]
+    lse: Any  # [q_stages, M] fp32, -lse in log2
+    delta: Any  # [do_stages, M] fp32
+    ds: Any  # [2, N, M], dS^T
+    dq: Any  # [consumers, 16, LINE] fp32, a panel on its way out
+    k_ring: Any  # one slot, as has v_ring
+    v_ring: Any
+    q_ring: Any
+    do_ring: Any
+    ds_full: Any  # who writes dS knows by its own dQ that a slot is free
+    board: Any
+
+
+class Queries(NamedTuple):
+    """What is computed; scalars. Sizes are those of every sequence and head."""
+
+    scale: Any
+    scale_log2: Any  # scale * log2(e), positive
+    queries: Any  # Sq
+    keys: Any  # Sk
+    heads: Any  # Hq
+    group: Any  # Hq // Hkv
+    units: Any  # of UNIT rows a head has in the workspaces
+
+
+@builtin
+def reduce_add(desc, coord, source, _semantic=None):
+    """Add a block in shared memory to global memory by TMA, which Gluon does not offer."""
+    coordinates = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, desc.handle, coordinates, source.handle)
+
+
+@gluon.jit
+def _rows_seeing(key, problem, M: gl.constexpr, CAUSAL: gl.constexpr):
+    """The first row of the first block of queries that sees `key` or a later one."""
+    row = 0
+    if CAUSAL:
+        row = gl.maximum(key - (problem.keys - problem.queries), 0) // M * M
+    return row
+
+
+@gluon.jit
+def _steps_of(first_row, problem, M: gl.constexpr):
+    """Steps of a tile: blocks of queries of all heads that share its keys."""
+    return (problem.queries - first_row + M - 1) // M * problem.group
+
+
+@gluon.jit
+def _after(row, head, first_row, problem, M: gl.constexpr):
+    """Row and head of the block of queries after this one."""
+    row += M
+    last = row >= problem.queries
+    return gl.where(last, first_row, row), gl.where(last, head + 1, head)
+
+
+@gluon.jit
+def _load_rows(desc, stats_desc, batch, head, row, problem, ring, slot, phase, block, stats):
+    """Copy rows `row ...` of a head, and their number each, once the slot is empty."""
+    mbarrier.wait(ring.empty.index(slot), phase ^ 1)
+    full = ring.full.index(slot)
+    mbarrier.expect(full, desc.block_type.nbytes + stats_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], full, block)
+    flat_row = (batch * problem.heads + head) * problem.units * UNIT + row
+    tma.async_copy_global_to_shared(stats_desc, [flat_row], full, stats)
+
+
+@gluon.jit
+def _load_keys(desc, batch, head, key, ring, phase, block):
+    """Copy the tile's keys or values, once those of the tile before are done with."""
+    mbarrier.wait(ring.empty.index(0), phase ^ 1)
+    mbarrier.expect(ring.full.index(0), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, head, key, 0], ring.full.index(0), block)
+
+
+@gluon.jit
+def _producer(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    counter,
+    memory,
+    grid,
+    problem,
+    config: gl.constexpr,
+):
+    """Copy K and V of every tile of this program, and Q and dO block by block."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    q_shape: gl.constexpr = [1, 1, M, config.d]
+    k_shape: gl.constexpr = [1, 1, N, config.d]
+    key_phase = 0
+    q_slot = 0
+    q_phase = 0
+    do_slot = 0
+    do_phase = 0
+    board_slot = 0
+    board_phase = 0
+    tile = gl.program_id(0)
+    while tile < grid.tiles:
+        last_first, batch, head_kv = place(tile, grid)
+        # The first block of keys first: under a causal mask it is the longest.
+        block = grid.blocks - 1 - last_first
+        publish(memory.board, board_slot, board_phase, block, batch, head_kv)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        first_row = _rows_seeing(block * N, problem, M, config.causal)
+        steps = _steps_of(first_row, problem, M)
+        head = head_kv * problem.group
+        row = first_row
+        _load_keys(
+            k_desc, batch, head_kv, block * N, memory.k_ring, key_phase, memory.k.index(0).reshape(k_shape)
+        )
+        _load_rows(
+            q_desc,
+            lse_desc,
+            batch,
+            head,
+            row,
+            problem,
+            memory.q_ring,
+            q_slot,
+            q_phase,
+            memory.q.index(q_slot).reshape(q_shape),
+            memory.lse.index(q_slot),
+        )
+        q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
+        _load_keys(
+            v_desc, batch, head_kv, block * N, memory.v_ring, key_phase, memory.v.index(0).reshape(k_shape)
+        )
+        key_phase ^= 1
+        for step in range(steps):
+            _load_rows(
+                do_desc,
+                delta_desc,
+                batch,
+                head,
+                row,
+                problem,
+                memory.do_ring,
+                do_slot,
+                do_phase,
+                memory.do.index(do_slot).reshape(q_shape),
+                memory.delta.index(do_slot),
+            )
+            do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
+            row, head = _after(row, head, first_row, problem, M)
+            if step < steps - 1:
+                _load_rows(
+                    q_desc,
+                    lse_desc,
+                    batch,
+                    head,
+                    row,
+                    problem,
+                    memory.q_ring,
+                    q_slot,
+                    q_phase,
+                    memory.q.index(q_slot).reshape(q_shape),
+                    memory.lse.index(q_slot),
+                )
+                q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
+        if config.drawn:
+            # When all of this tile is on its way, as in the forward.
+            tile = draw(counter, grid)
+        else:
+            tile += gl.num_programs(0)
+    publish(memory.board, board_slot, board_phase, -1, 0, 0)
+
+
+@gluon.jit
+def _hide(x, first_seeing, value, M: gl.constexpr):
+    """`x` [KEYS, M] with `value` in row i before column `first_seeing[i]`.
+
+    The lane's part of a column's index goes to the other side, so that what is compared with it is
+    a constant of the instruction, not a register a column.
+    """
+    parts = x.reshape([KEYS, M // 8, 4, 2])
+    layout: gl.constexpr = parts.type.layout
+    octet_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))
+    pair_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    row_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    octet = 8 * gl.arange(0, M // 8, octet_layout)
+    lane = 2 * gl.arange(0, 4, lane_layout)
+    pair = gl.arange(0, 2, pair_layout)
+    octet = gl.expand_dims(gl.expand_dims(gl.expand_dims(octet, 0), 2), 3)
+    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
+    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
+    first_seeing = gl.convert_layout(first_seeing, row_layout, assert_trivial=True)
+    first_seeing = gl.expand_dims(gl.expand_dims(gl.expand_dims(first_seeing, 1), 2), 3)
+    hidden = gl.where(octet + pair < first_seeing - lane, value, parts)
+    return gl.convert_layout(hidden.reshape([KEYS, M]), x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _in_order_of_lanes(dq):
+    """A panel [UNIT, 64] of dQ as [16, LINE]: four elements of a thread, thread by thread.
+
+    So the accumulators go to shared memory 16 bytes a lane without a bank conflict.
+    """
+    # Rows: warp, half of its 16, lane // 4. Columns: octet, lane % 4, pair.
+    parts = dq.reshape([4, 2, 8, 8, 4, 2])
+    return parts.permute((3, 0, 2, 4, 1, 5)).reshape([16, LINE])
+
+
+@gluon.jit
+def _anew(zero):
+    """0, of which the compiler does not know it.
+
+    As the index of a block it makes the compiler compute descriptors of the block where they are
+    used. What it can see of them it computes once for all steps, keeps, and spills.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [zero], gl.int32, False, 1)
+
+
+@gluon.jit
+def _kept(x):
+    """`x`, 16 bits an element, as it is: what is made of it is not made before."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+
+
+@gluon.jit
+def _own(block, WHO: gl.constexpr):
+    """Consumer WHO's keys of K or V."""
+    return block.index(_anew(0)).slice(WHO * KEYS, KEYS, 0)
+
+
+@gluon.jit
+def _issue_scores(a, b, layout: gl.constexpr, M: gl.constexpr):
+    """[KEYS, M] fp32: A B^T, both in shared memory, under way."""
+    zeros = gl.zeros([KEYS, M], gl.float32, layout)
+    return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _probabilities(
+    s, lse_block, first_seeing, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr
+):
+    """P^T [KEYS, M], rounded."""
+    if config.masks:
+        if masked:
+            s = _hide(s, first_seeing, float("-inf"), config.m)
+    negative_lse = lse_block.load(gl.SliceLayout(0, s.type.layout))
+    return gl.exp2(s * scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
+
+
+@gluon.jit
+def _score_gradients(p, dp, delta_block, first_seeing, masked, config: gl.constexpr):
+    """dS^T [KEYS, M], rounded."""
+    p = _kept(p)
+    delta = delta_block.load(gl.SliceLayout(0, dp.type.layout))
+    ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
+    if config.masks:
+        if masked:
+            ds = _hide(ds, first_seeing, 0.0, config.m)  # not P alone: dP or delta may be NaN
+    return ds.to(p.dtype)
+
+
+@gluon.jit
+def _add_panel(dq_desc, dq, stage, line):
+    """Add a panel of dQ to its sums. The one before has left when this returns."""
+    tma.store_wait(0)
+    stage.store(_in_order_of_lanes(dq))
+    fence_async_shared()
+    reduce_add(dq_desc, [line, 0], stage)
+
+
+@gluon.jit
+def _line(row, flat_head, problem, WHO: gl.constexpr, D: gl.constexpr):
+    """Where in the sums of dQ the panel of consumer WHO begins: of its rows or of its columns."""
+    unit = flat_head * problem.units + row // UNIT
+    if D == 64:
+        return (unit + WHO) * 16
+    else:
+        return (unit * (D // 64) + WHO) * 16
+
+
+@gluon.jit
+def _consumer(
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    memory,
+    problem,
+    WHO: gl.constexpr,
+    config: gl.constexpr,
+):
+    """dK and dV of keys `WHO * KEYS ...` of every tile of this program, and a half of dQ."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = dk_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
+    stage = memory.dq.index(WHO)
+    key_phase = 0
+    q_slot = 0
+    q_phase = 0
+    do_slot = 0
+    do_phase = 0
+    ds_slot = 0
+    ds_phase = 0
+    board_slot = 0
+    board_phase = 0
+    block, batch, head_kv = published(memory.board, board_slot, board_phase)
+    while block >= 0:
+        key = block * N
+        first_row = _rows_seeing(key, problem, M, config.causal)
+        steps = _steps_of(first_row, problem, M)
+        keys = key + WHO * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
+        # The row from which on a key is seen; one behind the end is seen by none.
+        seeing = gl.zeros([KEYS], gl.int32, gl.SliceLayout(1, s_layout))
+        clean_row = 0
+        if config.causal:
+            seeing = keys - (problem.keys - problem.queries)
+            clean_row = key + N - 1 - (problem.keys - problem.queries)
+        seeing = gl.where(keys < problem.keys, seeing, 1 << 30)
+        clean_row = gl.where(key + N > problem.keys, 1 << 30, clean_row)
+        row = first_row
+        flat_head = batch * problem.heads + head_kv * problem.group
+        dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
+        dv = gl.zeros([KEYS, D], gl.float32, grad_layout)
+
+        # The first step, to dS.
+        mbarrier.wait(memory.k_ring.full.index(0), key_phase)
+        mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
+        s = _issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
+        mbarrier.wait(memory.v_ring.full.index(0), key_phase)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        p = _probabilities(
+            s,
+            memory.lse.index(q_slot),
+            seeing - row,
+            row < clean_row,
+            problem.scale_log2,
+            dtype,
+            config,
+        )
+        mbarrier.wait(memory.do_ring.full.index(do_slot), do_phase)
+        do = memory.do.index(do_slot)
+        dp = _issue_scores(_own(memory.v, WHO), do, s_layout, M)
+        dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds = _score_gradients(
+            p, dp, memory.delta.index(do_slot), seeing - row, row < clean_row, config
+        )
+        memory.ds.index(ds_slot).slice(WHO * KEYS, KEYS, 0).store(ds)
+        ds = gl.convert_layout(ds, left)
+        fence_async_shared()
+        mbarrier.arrive(memory.ds_full.index(ds_slot), count=1)
+        dv = warpgroup_mma_wait(0, deps=(dv,))
+        mbarrier.arrive(memory.do_ring.empty.index(do_slot), count=1)
+        do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
+
+        # What is left of a step, and the next one to its dS.
+        for _ in range(1, steps):
+            line = _line(row, flat_head, problem, WHO, D)
+            row, flat_head = _after(row, flat_head, first_row, problem, M)
+            before = q_slot
+            q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
+            mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
+            s = _issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
+            mbarrier.wait(memory.ds_full.index(ds_slot), ds_phase)
+            dq = _issue_dq(memory, ds_slot, dq_layout, WHO, config)
+            dk = warpgroup_mma(ds, memory.q.index(before), dk, is_async=True)
+            ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
+            if config.dq_first:
+                s, dq = warpgroup_mma_wait(1, deps=(s, dq))
+                _add_panel(dq_desc, dq, stage, line)
+            else:
+                s = warpgroup_mma_wait(2, deps=(s,))
+            p = _probabilities(
+                s,
+                memory.lse.index(q_slot),
+                seeing - row,
+                row < clean_row,
+                problem.scale_log2,
+                dtype,
+                config,
+            )
+            mbarrier.wait(memory.do_ring.full.index(do_slot), do_phase)
+            if not config.dq_first:
+                dq = warpgroup_mma_wait(1, deps=(dq,))
+                _add_panel(dq_desc, dq, stage, line)
+            do = memory.do.index(do_slot)
+            dp = _issue_scores(_own(memory.v, WHO), do, s_layout, M)
+            dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
+            dp, dk = warpgroup_mma_wait(1, deps=(dp, dk))
+            mbarrier.arrive(memory.q_ring.empty.index(before), count=1)
+            ds = _score_gradients(
+                p, dp, memory.delta.index(do_slot), seeing - row, row < clean_row, config
+            )
+            memory.ds.index(ds_slot).slice(WHO * KEYS, KEYS, 0).store(ds)
+            ds = gl.convert_layout(ds, left)
+            fence_async_shared()
+            mbarrier.arrive(memory.ds_full.index(ds_slot), count=1)
+            dv = warpgroup_mma_wait(0, deps=(dv,))
+            mbarrier.arrive(memory.do_ring.empty.index(do_slot), count=1)
+            do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
+
+        # What is left of the last step.
+        mbarrier.wait(memory.ds_full.index(ds_slot), ds_phase)
+        dq = _issue_dq(memory, ds_slot, dq_layout, WHO, config)
+        dk = warpgroup_mma(ds, memory.q.index(q_slot), dk, is_async=True)
+        ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        _add_panel(dq_desc, dq, stage, _line(row, flat_head, problem, WHO, D))
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        # The next tile's keys and queries come while dK and dV are stored.
+        mbarrier.arrive(memory.q_ring.empty.index(q_slot), count=1)
+        mbarrier.arrive(memory.k_ring.empty.index(0), count=1)
+        mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+        q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
+        key_phase ^= 1
+        first_key = key + WHO * KEYS
+        _store_gradient(dv_desc, dv, 1.0, stage, batch, head_kv, first_key, config)
+        _store_gradient(dk_desc, dk, problem.scale, stage, batch, head_kv, first_key, config)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head_kv = published(memory.board, board_slot, board_phase)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _issue_dq(memory, slot, layout: gl.constexpr, WHO: gl.constexpr, config: gl.constexpr):
+    """A panel of dQ = dS K, under way: of consumer WHO's rows, or of its columns."""
+    zeros = gl.zeros([UNIT, 64], gl.float32, layout)
+    ds = memory.ds.index(slot)
+    if config.d == 64:
+        ds = ds.slice(WHO * UNIT, UNIT, 1)
+        k = memory.k.index(_anew(0))
+    else:
+        k = memory.k.index(_anew(0)).slice(WHO * 64, 64, 1)
+    return warpgroup_mma(ds.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _store_gradient(desc, x, scale, stage, batch, head, key, config: gl.constexpr):
+    """dK or dV of a consumer's keys, through where dQ leaves."""
+    rows: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    tma.store_wait(0)
+    block = stage._reinterpret(desc.dtype, [KEYS, config.d], rows)
+    block.store((x * scale).to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(
+        desc, [batch, head, key, 0], block.reshape([1, 1, KEYS, config.d])
+    )
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "counter",
+        "scale",
+        "scale_log2",
+        "heads",
+        "group",
+        "heads_total",
+        "seq_len_q",
+        "seq_len_k",
+        "tiles",
+        "blocks_of_keys",
+        "section",
+        "units",
+    ]
+)
+def hopper_backward_kernel(
+    q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, M, D]
+    k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
+    v_desc,  # like k
+    do_desc,  # like q
+    dk_desc,  # like k, blocks of [1, 1, KEYS, D], written
+    dv_desc,  # like dk
+    lse_desc,  # fp32 [B * Hq * units * UNIT], -lse in log2, blocks of [M]
+    delta_desc,  # like lse
+    dq_desc,  # fp32 [B * Hq * units * UNIT * D / LINE, LINE], blocks of [16, LINE], added to
+    counter,  # int32, zero before and after; unused where tiles are dealt
+    scale,
+    scale_log2,  # scale * log2(e), positive
+    heads,  # Hq
+    group,  # Hq // Hkv
+    heads_total,  # B * Hkv
+    seq_len_q,
+    seq_len_k,
+    tiles,
+    blocks_of_keys,  # in a sequence
+    section,  # see place
+    units,  # of UNIT rows a head has in the workspaces
+    config: gl.constexpr,
+):
+    """dK and dV, and dQ added to its sums. Grid: any number of programs, no more than tiles."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = q_desc.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    flat: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
+    lines: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+    memory = Memory(
+        gl.allocate_shared_memory(dtype, [1, N, D], swizzled),
+        gl.allocate_shared_memory(dtype, [1, N, D], swizzled),
+        gl.allocate_shared_memory(dtype, [config.q_stages, M, D], swizzled),
+        gl.allocate_shared_memory(dtype, [config.do_stages, M, D], swizzled),
+        gl.allocate_shared_memory(gl.float32, [config.q_stages, M], flat),
+        gl.allocate_shared_memory(gl.float32, [config.do_stages, M], flat),
+        gl.allocate_shared_memory(dtype, [2, N, M], swizzled),
+        gl.allocate_shared_memory(gl.float32, [2, 16, LINE], lines),
+        make_ring(1, 2),
+        make_ring(1, 2),
+        make_ring(config.q_stages, 2),
+        make_ring(config.do_stages, 2),
+        make_barriers(2, 2),
+        make_board(2),
+    )
+    fence_async_shared()
+    grid = Grid(tiles, blocks_of_keys, section, heads // group, heads_total)
+    problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
+    gl.warp_specialize(
+        [
+            (_consumer, (dq_desc, dk_desc, dv_desc, memory, problem, 0, config)),
+            (_consumer, (dq_desc, dk_desc, dv_desc, memory, problem, 1, config)),
+            (
+                _producer,
+                (
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    do_desc,
+                    lse_desc,
+                    delta_desc,
+                    counter,
+                    memory,
+                    grid,
+                    problem,
+                    config,
+                ),
+            ),
+        ],
+        [4, 1],
+        [config.consumer_registers, config.producer_registers],
+    )
