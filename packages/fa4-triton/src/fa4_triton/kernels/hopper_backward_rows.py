@@ -46,6 +46,7 @@ def prepare_kernel(
     units,
     head_dim,
     D: tl.constexpr,
+    SUMS: tl.constexpr,  # whether there are any
 ):
     """Row statistics, and an empty workspace. Grid: (B * Hq * units,)."""
     flat_head, batch, head, row = _unit(units, heads)
@@ -67,8 +68,9 @@ def prepare_kernel(
     place = tl.program_id(0).to(tl.int64) * UNIT + tl.arange(0, UNIT)
     tl.store(negative_lse + place, tl.where(empty, float("-inf"), -lse_block * LOG2_E))
     tl.store(delta + place, tl.where(empty, 0.0, sum_block))
-    zeros = tl.zeros([UNIT * D], tl.float32)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * (UNIT * D) + tl.arange(0, UNIT * D), zeros)
+    if SUMS:
+        zeros = tl.zeros([UNIT * D], tl.float32)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * (UNIT * D) + tl.arange(0, UNIT * D), zeros)
     if tl.program_id(0) == 0:
         tl.store(counters + tl.arange(0, 2), tl.zeros([2], tl.int32))
 

@@ -1,0 +1,728 @@
+"""Backward for Hopper where the head dim is wide: two kernels, seven products instead of five.
+
+dK and dV of 64 keys and 256 columns take all registers that two warp groups have for accumulators,
+and adding dQ to sums in global memory would take as many bytes for 64 keys as it does for 128 of
+half the columns. So dQ has a kernel of its own, and gradients are the same bits every time.
+
+dK and dV: one consumer computes P^T and dV += P^T dO, the other dP^T, dS^T and dK += dS^T Q. Only P
+goes from the one to the other. dQ: each consumer has 64 query rows, S = Q K^T, dP = dO V^T and
+dQ += dS K. In both, the score products of the next block are issued before the gradient's product
+of this one, under which runs what is between them. None is under way where the loop turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fa4_triton.kernels.hopper import (
+    ROWS,
+    Grid,
+    Ring,
+    blocks_seen,
+    draw,
+    following,
+    make_barriers,
+    make_board,
+    make_ring,
+    place,
+    publish,
+    published,
+)
+from fa4_triton.kernels.hopper_backward import (
+    KEYS,
+    UNIT,
+    Queries,
+    _after,
+    _anew,
+    _hide,
+    _issue_scores,
+    _kept,
+    _load_keys,
+    _load_rows,
+    _rows_seeing,
+    _steps_of,
+)
+
+
+@dataclass(frozen=True)
+class WideConfig:
+    """What the kernels are compiled for.
+
+    Attributes:
+        d: Columns, a power of two.
+        causal: Row i sees the keys up to i + Sk - Sq.
+        tail: Sk is no multiple of `n`.
+        drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
+        consumer_registers: Of a consumer's thread.
+        producer_registers: Of a producer's.
+    """
+
+    d: int
+    causal: bool
+    tail: bool
+    drawn: bool
+    dp_first: bool
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def m(self) -> int:
+        """Query rows of a block."""
+        return 64
+
+    @property
+    def n(self) -> int:
+        """Keys of a block."""
+        return 64
+
+    @property
+    def masks(self) -> bool:
+        """Whether there are blocks in which a query does not see a key."""
+        return self.causal or self.tail
+
+
+class KeyMemory(NamedTuple):
+    """Shared memory of dK and dV: blocks, and the barriers of each kind of block."""
+
+    k: Any  # [1, N, D]; dV leaves through it
+    v: Any  # like k; dK leaves through it
+    q: Any  # [2, M, D]
+    do: Any  # like q
+    lse: Any  # [2, M] fp32, -lse in log2
+    delta: Any  # [2, M] fp32
+    p: Any  # [2, N, M], P^T
+    k_ring: Any  # one slot, as has v_ring
+    v_ring: Any
+    q_ring: Any
+    do_ring: Any
+    p_ring: Any
+    board: Any
+
+
+@gluon.jit
+def _key_producer(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    counter,
+    memory,
+    grid,
+    problem,
+    config: gl.constexpr,
+):
+    """Copy K and V of every tile of this program, and Q and dO block by block."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    q_shape: gl.constexpr = [1, 1, M, config.d]
+    k_shape: gl.constexpr = [1, 1, N, config.d]
+    key_phase = 0
+    slot = 0
+    phase = 0
+    board_slot = 0
+    board_phase = 0
+    tile = gl.program_id(0)
+    while tile < grid.tiles:
+        last_first, batch, head_kv = place(tile, grid)
+        # The first block of keys first: under a causal mask it is the longest.
+        block = grid.blocks - 1 - last_first
+        publish(memory.board, board_slot, board_phase, block, batch, head_kv)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        first_row = _rows_seeing(block * N, problem, M, config.causal)
+        steps = _steps_of(first_row, problem, M)
+        head = head_kv * problem.group
+        row = first_row
+        k_block = memory.k.index(0).reshape(k_shape)
+        v_block = memory.v.index(0).reshape(k_shape)
+        _load_keys(k_desc, batch, head_kv, block * N, memory.k_ring, key_phase, k_block)
+        for step in range(steps):
+            _load_rows(
+                q_desc,
+                lse_desc,
+                batch,
+                head,
+                row,
+                problem,
+                memory.q_ring,
+                slot,
+                phase,
+                memory.q.index(slot).reshape(q_shape),
+                memory.lse.index(slot),
+            )
+            if step == 0:
+                _load_keys(v_desc, batch, head_kv, block * N, memory.v_ring, key_phase, v_block)
+            _load_rows(
+                do_desc,
+                delta_desc,
+                batch,
+                head,
+                row,
+                problem,
+                memory.do_ring,
+                slot,
+                phase,
+                memory.do.index(slot).reshape(q_shape),
+                memory.delta.index(slot),
+            )
+            slot, phase = following(slot, phase, 2)
+            row, head = _after(row, head, first_row, problem, M)
+        key_phase ^= 1
+        if config.drawn:
+            tile = draw(counter, grid)
+        else:
+            tile += gl.num_programs(0)
+    publish(memory.board, board_slot, board_phase, -1, 0, 0)
+
+
+@gluon.jit
+def _seeing(key, problem, layout: gl.constexpr, config: gl.constexpr):
+    """(the row from which on each key is seen, the row from which on all of the block are)."""
+    keys = key + gl.arange(0, KEYS, layout)
+    seeing = gl.zeros([KEYS], gl.int32, layout)
+    clean_row = 0
+    if config.causal:
+        seeing = keys - (problem.keys - problem.queries)
+        clean_row = key + KEYS - 1 - (problem.keys - problem.queries)
+    # A key behind the end is seen by none.
+    seeing = gl.where(keys < problem.keys, seeing, 1 << 30)
+    return seeing, gl.where(key + KEYS > problem.keys, 1 << 30, clean_row)
+
+
+@gluon.jit
+def _make_p(
+    s, memory, slot, phase, seeing, row, clean_row, problem, dtype: gl.constexpr, config: gl.constexpr
+):
+    """P^T [KEYS, M], rounded, also for the other consumer. `slot` is that of Q and of P."""
+    if config.masks:
+        if row < clean_row:
+            s = _hide(s, seeing - row, float("-inf"), config.m)
+    negative_lse = memory.lse.index(slot).load(gl.SliceLayout(0, s.type.layout))
+    p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
+    mbarrier.wait(memory.p_ring.empty.index(slot), phase ^ 1)
+    memory.p.index(slot).store(p)
+    mbarrier.arrive(memory.p_ring.full.index(slot), count=1)
+    return p
+
+
+@gluon.jit
+def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
+    """dV of every tile of this program, and P for the other consumer."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = dv_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
+    key_phase = 0
+    slot = 0
+    phase = 0
+    board_slot = 0
+    board_phase = 0
+    block, batch, head_kv = published(memory.board, board_slot, board_phase)
+    while block >= 0:
+        key = block * N
+        first_row = _rows_seeing(key, problem, M, config.causal)
+        steps = _steps_of(first_row, problem, M)
+        seeing, clean_row = _seeing(key, problem, gl.SliceLayout(1, s_layout), config)
+        row = first_row
+        head = 0
+        dv = gl.zeros([KEYS, D], gl.float32, grad_layout)
+        mbarrier.wait(memory.k_ring.full.index(0), key_phase)
+        mbarrier.wait(memory.q_ring.full.index(slot), phase)
+        s = _issue_scores(memory.k.index(_anew(0)), memory.q.index(slot), s_layout, M)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
+        p = _make_p(s, memory, slot, phase, seeing, row, clean_row, problem, dtype, config)
+        p = gl.convert_layout(p, left)
+        for _ in range(1, steps):
+            before = slot
+            before_phase = phase
+            slot, phase = following(slot, phase, 2)
+            row, head = _after(row, head, first_row, problem, M)
+            mbarrier.wait(memory.q_ring.full.index(slot), phase)
+            s = _issue_scores(memory.k.index(_anew(0)), memory.q.index(slot), s_layout, M)
+            mbarrier.wait(memory.do_ring.full.index(before), before_phase)
+            dv = warpgroup_mma(p, memory.do.index(before), dv, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
+            p = _make_p(s, memory, slot, phase, seeing, row, clean_row, problem, dtype, config)
+            dv = warpgroup_mma_wait(0, deps=(dv,))
+            # Moved here, not before: what a product under way reads is not to be written.
+            p = gl.convert_layout(_kept(p), left)
+            mbarrier.arrive(memory.do_ring.empty.index(before), count=1)
+        mbarrier.wait(memory.do_ring.full.index(slot), phase)
+        dv = warpgroup_mma(p, memory.do.index(slot), dv, is_async=True)
+        dv = warpgroup_mma_wait(0, deps=(dv,))
+        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
+        slot, phase = following(slot, phase, 2)
+        # Nobody else reads K.
+        _store_gradient(dv_desc, dv, 1.0, memory.k.index(0), batch, head_kv, key, config)
+        mbarrier.arrive(memory.k_ring.empty.index(0), count=1)
+        key_phase ^= 1
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head_kv = published(memory.board, board_slot, board_phase)
+
+
+@gluon.jit
+def _make_ds(
+    dp, memory, slot, phase, seeing, row, clean_row, left: gl.constexpr, config: gl.constexpr
+):
+    """dS^T [KEYS, M], rounded, as a left operand. `slot` is that of dO and of P."""
+    mbarrier.wait(memory.p_ring.full.index(slot), phase)
+    p = memory.p.index(slot).load(dp.type.layout)
+    mbarrier.arrive(memory.p_ring.empty.index(slot), count=1)
+    delta = memory.delta.index(slot).load(gl.SliceLayout(0, dp.type.layout))
+    ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
+    if config.masks:
+        if row < clean_row:
+            ds = _hide(ds, seeing - row, 0.0, config.m)  # dP or delta may be NaN
+    return gl.convert_layout(ds.to(p.dtype), left)
+
+
+@gluon.jit
+def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
+    """dK of every tile of this program."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
+    key_phase = 0
+    slot = 0
+    phase = 0
+    board_slot = 0
+    board_phase = 0
+    block, batch, head_kv = published(memory.board, board_slot, board_phase)
+    while block >= 0:
+        key = block * N
+        first_row = _rows_seeing(key, problem, M, config.causal)
+        steps = _steps_of(first_row, problem, M)
+        seeing, clean_row = _seeing(key, problem, gl.SliceLayout(1, s_layout), config)
+        row = first_row
+        head = 0
+        dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
+        mbarrier.wait(memory.v_ring.full.index(0), key_phase)
+        mbarrier.wait(memory.do_ring.full.index(slot), phase)
+        dp = _issue_scores(memory.v.index(_anew(0)), memory.do.index(slot), s_layout, M)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        ds = _make_ds(dp, memory, slot, phase, seeing, row, clean_row, left, config)
+        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
+        for _ in range(1, steps):
+            before = slot
+            before_phase = phase
+            slot, phase = following(slot, phase, 2)
+            row, head = _after(row, head, first_row, problem, M)
+            mbarrier.wait(memory.do_ring.full.index(slot), phase)
+            dp = _issue_scores(memory.v.index(_anew(0)), memory.do.index(slot), s_layout, M)
+            mbarrier.wait(memory.q_ring.full.index(before), before_phase)
+            dk = warpgroup_mma(ds, memory.q.index(before), dk, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = _make_ds(dp, memory, slot, phase, seeing, row, clean_row, left, config)
+            mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
+            dk = warpgroup_mma_wait(0, deps=(dk,))
+            mbarrier.arrive(memory.q_ring.empty.index(before), count=1)
+        mbarrier.wait(memory.q_ring.full.index(slot), phase)
+        dk = warpgroup_mma(ds, memory.q.index(slot), dk, is_async=True)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
+        slot, phase = following(slot, phase, 2)
+        # Nobody else reads V.
+        v_block = memory.v.index(0)
+        _store_gradient(dk_desc, dk, problem.scale, v_block, batch, head_kv, key, config)
+        mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+        key_phase ^= 1
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head_kv = published(memory.board, board_slot, board_phase)
+
+
+@gluon.jit
+def _store_gradient(desc, x, scale, block, batch, head, row, config: gl.constexpr):
+    """64 rows of a gradient through `block`, which has been left when this returns."""
+    block.store((x * scale).to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [batch, head, row, 0], block.reshape([1, 1, 64, config.d]))
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "counter",
+        "scale",
+        "scale_log2",
+        "heads",
+        "group",
+        "heads_total",
+        "seq_len_q",
+        "seq_len_k",
+        "tiles",
+        "blocks_of_keys",
+        "section",
+        "units",
+    ]
+)
+def hopper_wide_dkdv_kernel(
+    q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, M, D]
+    k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
+    v_desc,  # like k
+    do_desc,  # like q
+    dk_desc,  # like k, written
+    dv_desc,  # like k, written
+    lse_desc,  # fp32 [B * Hq * units * UNIT], -lse in log2, blocks of [M]
+    delta_desc,  # like lse
+    counter,  # int32, zero before and after; unused where tiles are dealt
+    scale,
+    scale_log2,  # scale * log2(e), positive
+    heads,  # Hq
+    group,  # Hq // Hkv
+    heads_total,  # B * Hkv
+    seq_len_q,
+    seq_len_k,
+    tiles,
+    blocks_of_keys,  # in a sequence
+    section,  # see place
+    units,  # of UNIT rows a head has in the workspaces
+    config: gl.constexpr,
+):
+    """dK and dV. Grid: any number of programs, no more than tiles."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = q_desc.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    flat: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
+    memory = KeyMemory(
+        gl.allocate_shared_memory(dtype, [1, N, D], swizzled),
+        gl.allocate_shared_memory(dtype, [1, N, D], swizzled),
+        gl.allocate_shared_memory(dtype, [2, M, D], swizzled),
+        gl.allocate_shared_memory(dtype, [2, M, D], swizzled),
+        gl.allocate_shared_memory(gl.float32, [2, M], flat),
+        gl.allocate_shared_memory(gl.float32, [2, M], flat),
+        gl.allocate_shared_memory(dtype, [2, N, M], swizzled),
+        make_ring(1, 1),
+        make_ring(1, 1),
+        make_ring(2, 2),
+        make_ring(2, 2),
+        make_ring(2, 1),
+        make_board(2),
+    )
+    fence_async_shared()
+    grid = Grid(tiles, blocks_of_keys, section, heads // group, heads_total)
+    problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
+    gl.warp_specialize(
+        [
+            (_value_consumer, (dv_desc, memory, problem, config)),
+            (_key_consumer, (dk_desc, memory, problem, config)),
+            (
+                _key_producer,
+                (
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    do_desc,
+                    lse_desc,
+                    delta_desc,
+                    counter,
+                    memory,
+                    grid,
+                    problem,
+                    config,
+                ),
+            ),
+        ],
+        [4, 1],
+        [config.consumer_registers, config.producer_registers],
+    )
+
+
+class QueryMemory(NamedTuple):
+    """Shared memory of dQ: blocks, and the barriers of each kind of block."""
+
+    q: Any  # [2, ROWS, D], one a consumer; dQ leaves through it
+    do: Any  # like q
+    k: Any  # [2, N, D]
+    v: Any  # [1, N, D]
+    q_ring: Any  # a slot a consumer
+    do_ring: Any
+    k_ring: Any
+    v_ring: Any
+    board: Any
+
+
+@gluon.jit
+def _load(desc, batch, head, row, ring, slot, phase, block):
+    """Copy rows `row ...` of one head into `block`, slot `slot` of a ring, once that is empty."""
+    mbarrier.wait(ring.empty.index(slot), phase ^ 1)
+    mbarrier.expect(ring.full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], ring.full.index(slot), block)
+
+
+@gluon.jit
+def _query_producer(
+    q_desc, k_desc, v_desc, do_desc, counter, memory, grid, problem, config: gl.constexpr
+):
+    """Copy Q and dO of every tile of this program, and K and V block by block."""
+    N: gl.constexpr = config.n
+    q_shape: gl.constexpr = [1, 1, ROWS, config.d]
+    k_shape: gl.constexpr = [1, 1, N, config.d]
+    slot = 0
+    phase = 0
+    v_phase = 0
+    q_phase = 0
+    board_slot = 0
+    board_phase = 0
+    tile = gl.program_id(0)
+    while tile < grid.tiles:
+        block, batch, head = place(tile, grid)
+        publish(memory.board, board_slot, board_phase, block, batch, head)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        head_kv = head // problem.group
+        seen, _ = blocks_seen(block * (2 * ROWS), 2 * ROWS, problem, N, config.causal)
+        row = block * (2 * ROWS)
+        for index in range(seen):
+            k_block = memory.k.index(slot).reshape(k_shape)
+            _load(k_desc, batch, head_kv, index * N, memory.k_ring, slot, phase, k_block)
+            slot, phase = following(slot, phase, 2)
+            if index == 0:
+                for who in gl.static_range(2):
+                    q_block = memory.q.index(who).reshape(q_shape)
+                    q_row = row + who * ROWS
+                    _load(q_desc, batch, head, q_row, memory.q_ring, who, q_phase, q_block)
+            v_block = memory.v.index(0).reshape(k_shape)
+            _load(v_desc, batch, head_kv, index * N, memory.v_ring, 0, v_phase, v_block)
+            v_phase ^= 1
+            if index == 0:
+                for who in gl.static_range(2):
+                    do_block = memory.do.index(who).reshape(q_shape)
+                    q_row = row + who * ROWS
+                    _load(do_desc, batch, head, q_row, memory.do_ring, who, q_phase, do_block)
+        q_phase ^= 1
+        if config.drawn:
+            tile = draw(counter, grid)
+        else:
+            tile += gl.num_programs(0)
+    publish(memory.board, board_slot, board_phase, -1, 0, 0)
+
+
+@gluon.jit
+def _hide_from(x, limit, value, N: gl.constexpr):
+    """`x` [ROWS, N] with `value` in row i from column `limit[i]` on; see `hopper_backward._hide`."""
+    parts = x.reshape([ROWS, N // 8, 4, 2])
+    layout: gl.constexpr = parts.type.layout
+    octet_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))
+    pair_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    row_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    octet = 8 * gl.arange(0, N // 8, octet_layout)
+    lane = 2 * gl.arange(0, 4, lane_layout)
+    pair = gl.arange(0, 2, pair_layout)
+    octet = gl.expand_dims(gl.expand_dims(gl.expand_dims(octet, 0), 2), 3)
+    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
+    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
+    limit = gl.convert_layout(limit, row_layout, assert_trivial=True)
+    limit = gl.expand_dims(gl.expand_dims(gl.expand_dims(limit, 1), 2), 3)
+    hidden = gl.where(octet + pair < limit - lane, parts, value)
+    return gl.convert_layout(hidden.reshape([ROWS, N]), x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _ds_of_rows(
+    p, dp, delta, limit, masked, left: gl.constexpr, config: gl.constexpr
+):
+    """dS [ROWS, N], rounded, as a left operand."""
+    ds = _kept(p).to(gl.float32) * (dp - gl.expand_dims(delta, 1))
+    if config.masks:
+        if masked:
+            ds = _hide_from(ds, limit, 0.0, config.n)  # dP or delta may be NaN
+    return gl.convert_layout(ds.to(p.dtype), left)
+
+
+@gluon.jit
+def _p_of_rows(
+    s, lse, limit, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr
+):
+    """P [ROWS, N], rounded."""
+    if config.masks:
+        if masked:
+            s = _hide_from(s, limit, float("-inf"), config.n)
+    return gl.exp2(s * scale_log2 + gl.expand_dims(lse, 1)).to(dtype)
+
+
+@gluon.jit
+def _query_consumer(
+    dq_desc, lse, delta, counter, memory, problem, WHO: gl.constexpr, config: gl.constexpr
+):
+    """dQ of rows `WHO * ROWS ...` of every tile of this program."""
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = dq_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
+    slot = 0
+    phase = 0
+    v_phase = 0
+    q_phase = 0
+    board_slot = 0
+    board_phase = 0
+    block, batch, head = published(memory.board, board_slot, board_phase)
+    while block >= 0:
+        row = block * (2 * ROWS) + WHO * ROWS
+        brought, _ = blocks_seen(block * (2 * ROWS), 2 * ROWS, problem, N, config.causal)
+        _, whole = blocks_seen(row, ROWS, problem, N, config.causal)
+        rows = row + gl.arange(0, ROWS, row_layout)
+        limit = gl.zeros([ROWS], gl.int32, row_layout) + problem.keys
+        if config.causal:
+            limit = gl.minimum(limit, rows + (1 + problem.keys - problem.queries))
+        inside = rows < problem.units * UNIT
+        place_of_rows = (batch * problem.heads + head) * problem.units * UNIT + rows
+        lse_rows = gl.load(lse + place_of_rows, mask=inside, other=float("-inf"))
+        delta_rows = gl.load(delta + place_of_rows, mask=inside, other=0.0)
+        acc = gl.zeros([ROWS, D], gl.float32, grad_layout)
+        mbarrier.wait(memory.k_ring.full.index(slot), phase)
+        mbarrier.wait(memory.q_ring.full.index(WHO), q_phase)
+        q = memory.q.index(WHO + _anew(0))
+        s = _issue_scores(q, memory.k.index(slot), s_layout, N)
+        mbarrier.wait(memory.v_ring.full.index(0), v_phase)
+        mbarrier.wait(memory.do_ring.full.index(WHO), q_phase)
+        do = memory.do.index(WHO + _anew(0))
+        dp = _issue_scores(do, memory.v.index(_anew(0)), s_layout, N)
+        s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+        mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+        v_phase ^= 1
+        p = _p_of_rows(s, lse_rows, limit, whole < 1, problem.scale_log2, dtype, config)
+        ds = _ds_of_rows(p, dp, delta_rows, limit, whole < 1, left, config)
+        for index in range(1, brought):
+            before = slot
+            slot, phase = following(slot, phase, 2)
+            mbarrier.wait(memory.k_ring.full.index(slot), phase)
+            q = memory.q.index(WHO + _anew(0))
+            s = _issue_scores(q, memory.k.index(slot), s_layout, N)
+            limit_here = limit - index * N
+            masked = index >= whole
+            if config.dp_first:
+                mbarrier.wait(memory.v_ring.full.index(0), v_phase)
+                do = memory.do.index(WHO + _anew(0))
+                dp = _issue_scores(do, memory.v.index(_anew(0)), s_layout, N)
+                acc = warpgroup_mma(ds, memory.k.index(before), acc, is_async=True)
+                s = warpgroup_mma_wait(2, deps=(s,))
+                p = _p_of_rows(s, lse_rows, limit_here, masked, problem.scale_log2, dtype, config)
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+                mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+                ds = _ds_of_rows(p, dp, delta_rows, limit_here, masked, left, config)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(memory.k_ring.empty.index(before), count=1)
+            else:
+                acc = warpgroup_mma(ds, memory.k.index(before), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                p = _p_of_rows(s, lse_rows, limit_here, masked, problem.scale_log2, dtype, config)
+                mbarrier.wait(memory.v_ring.full.index(0), v_phase)
+                do = memory.do.index(WHO + _anew(0))
+                dp = _issue_scores(do, memory.v.index(_anew(0)), s_layout, N)
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(memory.k_ring.empty.index(before), count=1)
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+                mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+                ds = _ds_of_rows(p, dp, delta_rows, limit_here, masked, left, config)
+            v_phase ^= 1
+        mbarrier.arrive(memory.do_ring.empty.index(WHO), count=1)
+        acc = warpgroup_mma(ds, memory.k.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
+        slot, phase = following(slot, phase, 2)
+        if config.causal:
+            if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) > 0:
+                gl.store(counter + 1, 1)
+        _store_gradient(dq_desc, acc, problem.scale, memory.q.index(WHO), batch, head, row, config)
+        mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
+        q_phase ^= 1
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head = published(memory.board, board_slot, board_phase)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "lse",
+        "delta",
+        "counter",
+        "scale",
+        "scale_log2",
+        "heads",
+        "group",
+        "heads_total",
+        "seq_len_q",
+        "seq_len_k",
+        "tiles",
+        "blocks_of_rows",
+        "section",
+        "units",
+    ]
+)
+def hopper_wide_dq_kernel(
+    q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, ROWS, D]
+    k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
+    v_desc,  # like k
+    do_desc,  # like q
+    dq_desc,  # like q, written
+    lse,  # fp32 [B * Hq * units * UNIT], -lse in log2
+    delta,  # like lse
+    counter,  # int32 [2]: zero before and after, unused where tiles are dealt; 1 if dQ has a NaN
+    scale,
+    scale_log2,  # scale * log2(e), positive
+    heads,  # Hq
+    group,  # Hq // Hkv
+    heads_total,  # B * Hq
+    seq_len_q,
+    seq_len_k,
+    tiles,
+    blocks_of_rows,  # of 2 * ROWS in a sequence
+    section,  # see place
+    units,  # of UNIT rows a head has in the workspaces
+    config: gl.constexpr,
+):
+    """dQ. Grid: any number of programs, no more than tiles."""
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    dtype: gl.constexpr = q_desc.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    memory = QueryMemory(
+        gl.allocate_shared_memory(dtype, [2, ROWS, D], swizzled),
+        gl.allocate_shared_memory(dtype, [2, ROWS, D], swizzled),
+        gl.allocate_shared_memory(dtype, [2, N, D], swizzled),
+        gl.allocate_shared_memory(dtype, [1, N, D], swizzled),
+        Ring(make_barriers(2, 1), make_barriers(2, 1)),
+        Ring(make_barriers(2, 1), make_barriers(2, 1)),
+        make_ring(2, 2),
+        make_ring(1, 2),
+        make_board(2),
+    )
+    fence_async_shared()
+    grid = Grid(tiles, blocks_of_rows, section, heads, heads_total)
+    problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
+    gl.warp_specialize(
+        [
+            (_query_consumer, (dq_desc, lse, delta, counter, memory, problem, 0, config)),
+            (_query_consumer, (dq_desc, lse, delta, counter, memory, problem, 1, config)),
+            (
+                _query_producer,
+                (q_desc, k_desc, v_desc, do_desc, counter, memory, grid, problem, config),
+            ),
+        ],
+        [4, 1],
+        [config.consumer_registers, config.producer_registers],
+    )
