@@ -41,8 +41,14 @@ def contiguous(asked: Request) -> tuple[tuple[int, ...], ...]:
     return query, key, key, query
 
 
+def situation(asked: Request) -> Situation:
+    return situation_of(
+        asked, DEVICE, "bf16", "forward", triton="3.6.0", gluon=None, asked="fastest"
+    )
+
+
 def obstacle(asked: Request, **changes: Any) -> str | None:
-    given = {"strides": contiguous(asked), "alignment": 0b1111, "small_scale": False}
+    given = {"strides": contiguous(asked), "alignment": 0b1111, "scale": "positive"}
     return why_not_this_call(asked, **{**given, **changes})
 
 
@@ -107,20 +113,25 @@ def test_the_choice_depends_on_nothing_else() -> None:
 )
 def test_a_window_that_hides_nothing_is_none(changes: dict[str, Any], mask: str) -> None:
     asked = request(**changes)
-    found = situation_of(asked, DEVICE, "bf16", "forward", triton="3.6.0", gluon=None)
+    found = situation_of(
+        asked, DEVICE, "bf16", "forward", triton="3.6.0", gluon=None, asked="fastest"
+    )
     assert found == SERVED._replace(head_dim=64, mask=mask)
 
 
 def test_packed_sequences_are_a_situation_of_their_own() -> None:
     asked = request(query_shape=(700, 8, 64), key_shape=(900, 2, 64), packed=Packed(5, 333, 450))
-    found = situation_of(asked, DEVICE, "bf16", "forward", triton="3.6.0", gluon=None)
+    found = situation_of(
+        asked, DEVICE, "bf16", "forward", triton="3.6.0", gluon=None, asked="fastest"
+    )
     assert found.varlen
 
 
 @pytest.mark.parametrize(
     ("asked", "changes", "reason"),
     [
-        (request(), {"small_scale": True}, "a scale that is zero"),
+        (request(), {"scale": "small"}, "a scale that is zero"),
+        (request(), {"scale": "negative"}, "or negative"),
         (request(query_shape=(2, 0, 8, 64)), {}, "no queries"),
         (request(key_shape=(2, 0, 2, 64)), {}, "no keys"),
         (request(query_shape=(2, FEWEST_ROWS - 1, 8, 64)), {}, "fewer than 64 queries"),
@@ -158,15 +169,15 @@ def test_strides_of_dimensions_of_size_one_do_not_matter() -> None:
     strides = ((1, 64, 3, 1), (0, 64, 5, 1), (7, 64, 0, 1), (1, 64, 1, 1))
     assert obstacle(asked, strides=strides) is None
     for tensor in plan(asked, strides=strides).tensors:
-        assert tensor.strides == [64, 64, 64, 1]
+        assert tensor.strides == (64, 64, 64, 1)
 
 
 def test_tensors_are_described_heads_before_rows() -> None:
     query, key, value, out = plan(request()).tensors
-    assert query.shape == out.shape == [2, 8, 1000, 64]
-    assert key.shape == value.shape == [2, 2, 1500, 64]
-    assert query.strides == [1000 * 8 * 64, 64, 8 * 64, 1]
-    assert (query.block, key.block) == ([1, 1, 64, 64], [1, 1, 128, 64])
+    assert query.shape == out.shape == (2, 8, 1000, 64)
+    assert key.shape == value.shape == (2, 2, 1500, 64)
+    assert query.strides == (1000 * 8 * 64, 64, 8 * 64, 1)
+    assert (query.block, key.block) == ((1, 1, 64, 64), (1, 1, 128, 64))
 
 
 def test_a_head_dim_is_padded_by_the_block_alone() -> None:

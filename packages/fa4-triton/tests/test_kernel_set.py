@@ -92,9 +92,9 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[Launches
     monkeypatch.setattr(kernel_set, "_device", lambda index: hopper)
     monkeypatch.setattr(kernel_set, "_hopper_variant", lambda config, dtype: launches)
     reset_dispatch_counts()
-    kernel_set._hopper_forward_of.cache_clear()
+    kernel_set._forward_of.cache_clear()
     yield launches
-    kernel_set._hopper_forward_of.cache_clear()
+    kernel_set._forward_of.cache_clear()
     reset_dispatch_counts()
 
 
@@ -104,8 +104,8 @@ def test_a_hopper_gpu_runs_the_hopper_forward(inputs: Any, on_hopper: Launches) 
     out, lse = TritonKernels().forward(call)
     ((index, plan, tensors, pointers, floats),) = on_hopper
     assert (index, plan.causal, plan.programs) == (-1, True, 4)
-    assert pointers == [one.data_ptr() for one in (*given_tensors(given), out, lse)]
-    assert [one.data_ptr() for one in tensors] == pointers
+    assert pointers[:5] == [one.data_ptr() for one in (*given_tensors(given), out, lse)]
+    assert [one.data_ptr() for one in tensors[:5]] == pointers[:5]
     assert floats == (pytest.approx(0.5 / math.log(2)), 7.0)
     assert dispatch_counts().kernels == {"fa4-triton's Hopper forward": 1}
 

@@ -9,6 +9,7 @@ docs/kernels/fa4-triton.md.
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
@@ -31,10 +32,33 @@ __all__ = [
 ]
 
 Direction: TypeAlias = Literal["forward", "backward"]
+Scale: TypeAlias = Literal["positive", "small", "negative"]
+"""A call's scale: over `SMALLEST_SCALE`, not over it, or below zero."""
+Asked: TypeAlias = Literal["fastest", "hopper", "portable"]
+"""Whether one kind of kernel is to serve all that it can, be it slower."""
 Mask: TypeAlias = Literal["none", "causal", "window"]
 
 TESTED_TRITON = ("3.6.",)
 """Beginnings of the versions of Triton whose Gluon these kernels were tested with."""
+
+
+KERNELS = "FA4_TRITON_KERNELS"
+"""Environment variable: `portable`, or `hopper` for whatever the Hopper kernels can serve, be it
+slower there. For tests, and to find out whose a wrong result is."""
+
+
+def asked_for() -> Asked:
+    """What the environment asks for.
+
+    Raises:
+        ValueError: `KERNELS` has a value that is not known.
+    """
+    value = os.environ.get(KERNELS, "").strip().lower()
+    if not value:
+        return "fastest"
+    if value not in ("hopper", "portable"):
+        raise ValueError(f"{KERNELS} must be 'hopper' or 'portable' or not set, and is {value!r}")
+    return "hopper" if value == "hopper" else "portable"
 
 
 class Situation(NamedTuple):
@@ -48,6 +72,7 @@ class Situation(NamedTuple):
     mask: Mask
     direction: Direction
     varlen: bool
+    asked: Asked = "fastest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +152,8 @@ def _why_portable(situation: Situation) -> str | None:
     untested = why_untested(situation.triton, situation.gluon)
     if untested is not None:
         return untested
+    if situation.asked == "portable":
+        return f"{KERNELS} asks for it"
     if situation.direction == "backward":
         return "the backward is the portable one"
     if situation.varlen:
@@ -169,6 +196,7 @@ def situation_of(
     *,
     triton: str,
     gluon: str | None,
+    asked: Asked,
 ) -> Situation:
     """The situation of a request."""
     size = sizes_of(request)
@@ -179,7 +207,7 @@ def situation_of(
         mask = "causal"
     varlen = request.packed is not None
     return Situation(
-        device.architecture, triton, gluon, size.head_dim, dtype, mask, direction, varlen
+        device.architecture, triton, gluon, size.head_dim, dtype, mask, direction, varlen, asked
     )
 
 
@@ -188,7 +216,11 @@ SMALLEST_SCALE = 1e-30
 
 
 def why_not_this_call(
-    request: Request, strides: tuple[Strides, ...], alignment: int, small_scale: bool
+    request: Request,
+    strides: tuple[Strides, ...],
+    alignment: int,
+    scale: Scale,
+    asked: Asked = "fastest",
 ) -> str | None:
     """Why a dense call that the table gives to the Hopper forward cannot go there, or None.
 
@@ -196,9 +228,10 @@ def why_not_this_call(
         request: What.
         strides: Of query, key, value and out, [B, S, H, D].
         alignment: Bit i: tensor i starts at a multiple of 16 bytes.
-        small_scale: Whether the scale is not over `SMALLEST_SCALE`.
+        scale: The call's.
+        asked: With "hopper", the portable kernel being faster is no reason.
     """
-    if small_scale:
+    if scale != "positive":
         return "a scale that is zero, or nearly, or negative"
     if 0 in request.query_shape or 0 in request.key_shape:
         return "no queries or no keys"
@@ -224,14 +257,14 @@ FEWEST_ROWS = 64
 class Tensor4(NamedTuple):
     """One tensor as TMA sees it."""
 
-    shape: list[int]  # [B, H, S, D]
-    strides: list[int]
-    block: list[int]  # [1, 1, rows, D of the tile]
+    shape: tuple[int, ...]  # [B, H, S, D]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]  # [1, 1, rows, D of the tile]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class HopperPlan:
-    """How the Hopper forward is launched.
+    """How the Hopper forward is launched. A key of caches, by identity.
 
     Attributes:
         tile: How it is cut.
@@ -306,7 +339,7 @@ def _tensor(shape: tuple[int, ...], strides: Strides, rows: int, columns: int) -
     # A dimension of size 1 may have any stride in torch; TMA wants one that is valid.
     used = [stride if size > 1 else head_dim for size, stride in zip(shape, strides, strict=True)]
     return Tensor4(
-        [batch, heads, seq_len, head_dim],
-        [used[0], used[2], used[1], 1],
-        [1, 1, rows, columns],
+        (batch, heads, seq_len, head_dim),
+        (used[0], used[2], used[1], 1),
+        (1, 1, rows, columns),
     )

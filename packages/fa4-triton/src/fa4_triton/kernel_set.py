@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from fa4_triton import interpreter
 from fa4_triton.hopper import (
     SMALLEST_SCALE,
-    HopperPlan,
+    Direction,
+    Scale,
+    asked_for,
     choose,
     plan_hopper_forward,
     situation_of,
@@ -35,11 +38,12 @@ from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
 from flash_attention_registry.sdpa import Capabilities, count_kernel
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flash_attention_registry.sdpa import AttentionCall
 
-__all__ = ["CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats"]
+__all__ = ["ASKED", "CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats", "variants_of"]
+
+ASKED = asked_for()
+"""Which kernels the environment asks for; settled when this module is imported."""
 
 _LOG2_E = math.log2(math.e)
 
@@ -77,46 +81,79 @@ def _device(index: int) -> Device:
 
 @cache
 def _variant(kernel: Kernel, tile: Tile, constants: Constants, dtype: torch.dtype) -> Variant:
-    del dtype  # part of what is compiled, which Triton reads off the tensors
-    return Variant(_KERNELS[kernel], tile, constants)
+    return Variant(_KERNELS[kernel], tile, constants, dtype)
 
 
 @cache
 def _hopper_variant(config: Any, dtype: torch.dtype) -> Any:
     from fa4_triton.hopper_launch import HopperForward
 
-    del dtype  # part of what is compiled, which Triton reads off the tensors
-    return HopperForward(config)
+    return HopperForward(config, dtype)
+
+
+class _Forward(NamedTuple):
+    """How calls of one kind are served.
+
+    Attributes:
+        variant: The compiled kernel.
+        plan: How it is launched.
+        scalars: The portable kernel's int arguments.
+        counted: What `count_kernel` is told; None where there is no choice.
+        like_lse: A tensor without memory that lse looks like.
+    """
+
+    variant: Any
+    plan: Any
+    scalars: tuple[int, ...]
+    counted: str | None
+    like_lse: Tensor
 
 
 @lru_cache(maxsize=4096)
-def _hopper_forward_of(
+def _forward_of(
     device_index: int,
     dtype: torch.dtype,
     request: Request,
     strides: tuple[Strides, ...],
     alignment: int,
-    small_scale: bool,
-) -> tuple[Any, HopperPlan] | str:
-    """(compiled kernel, plan) of the Hopper forward, or why the portable one serves."""
+    scale: Scale,
+) -> _Forward:
+    """The forward that serves a request: Hopper's own, or the portable one for a reason."""
     device = _device(device_index)
-    situation = situation_of(
-        request,
-        device,
-        "fp16" if dtype == torch.float16 else "bf16",
-        "forward",
-        triton=triton.__version__,
-        gluon=why_no_gluon() if device.architecture == "hopper" else None,
-    )
-    choice = choose(situation)
-    reason = choice.reason or why_not_this_call(request, strides, alignment, small_scale)
-    if reason is not None:
-        return reason
-    from fa4_triton.hopper_launch import config_of
+    like_lse = _without_memory(row_stats_shape(request.query_shape), torch.float32, device_index)
+    counted = None
+    if device.architecture == "hopper":
+        situation = situation_of(
+            request,
+            device,
+            "fp16" if dtype == torch.float16 else "bf16",
+            "forward",
+            triton=triton.__version__,
+            gluon=why_no_gluon(),
+            asked=ASKED,
+        )
+        choice = choose(situation)
+        reason = choice.reason or why_not_this_call(request, strides, alignment, scale, ASKED)
+        if reason is None:
+            from fa4_triton.hopper_launch import config_of
 
-    tile = choice.tile(request.query_shape[1])
-    plan = plan_hopper_forward(device, request, strides, tile)
-    return _hopper_variant(config_of(tile, plan.causal, plan.tail), dtype), plan
+            tile = choice.tile(request.query_shape[1])
+            plan = plan_hopper_forward(device, request, strides, tile)
+            variant = _hopper_variant(config_of(tile, plan.causal, plan.tail), dtype)
+            return _Forward(variant, plan, (), "fa4-triton's Hopper forward", like_lse)
+        counted = f"fa4-triton's portable forward: {reason}"
+    variant, programs, scalars = _launch_of(
+        "forward", device_index, dtype, request, strides, alignment, scale == "negative"
+    )
+    return _Forward(variant, programs, scalars, counted, like_lse)
+
+
+def _without_memory(shape: tuple[int, ...], dtype: torch.dtype, device_index: int) -> Tensor:
+    """A tensor to make others like: `empty_like` takes half the time of `empty`."""
+    device = torch.device("cuda", device_index) if device_index >= 0 else torch.device("cpu")
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 @lru_cache(maxsize=4096)
@@ -145,7 +182,7 @@ def _launch(
     stats: tuple[Tensor, ...],
     floats: tuple[float, ...],
 ) -> None:
-    """Launch one kernel of `call`.
+    """Launch one kernel of `call`'s backward.
 
     Args:
         kernel: Which.
@@ -164,35 +201,32 @@ def _launch(
         request_of(call),
         tuple([tensor.stride() for tensor in operands]),
         _alignment(pointers[: len(operands)]),
-        kernel == "forward" and call.scale < 0,
+        False,
     )
     variant.launch(device_index, programs, tensors, pointers, floats + ints)
 
 
-def _launch_hopper_forward(
-    call: AttentionCall, operands: tuple[Tensor, ...], lse: Tensor, floats: tuple[float, ...]
-) -> bool:
-    """Launch the Hopper forward of `call` if it is chosen; whether it was."""
-    device_index = call.query.get_device()
-    if _device(device_index).architecture != "hopper":
-        return False
-    pointers = [tensor.data_ptr() for tensor in operands]
-    chosen = _hopper_forward_of(
-        device_index,
-        call.query.dtype,
-        request_of(call),
-        tuple([tensor.stride() for tensor in operands]),
-        _alignment(pointers),
-        not call.scale > SMALLEST_SCALE,
-    )
-    if isinstance(chosen, str):
-        count_kernel(f"fa4-triton's portable forward: {chosen}")
-        return False
-    count_kernel("fa4-triton's Hopper forward")
-    variant, plan = chosen
-    pointers.append(lse.data_ptr())
-    variant.launch(device_index, plan, (*operands, lse), pointers, floats)
-    return True
+def variants_of(
+    direction: Direction, device_index: int, dtype: torch.dtype, request: Request
+) -> list[Any]:
+    """The compiled kernels that a request takes, if all of its tensors are contiguous."""
+    like_q, like_k = map(_contiguous, (request.query_shape, request.key_shape))
+    if direction == "forward":
+        strides = (like_q, like_k, like_k, like_q)
+        return [_forward_of(device_index, dtype, request, strides, 0b1111, "positive").variant]
+    head_dim = request.query_shape[-1]
+    arch = _device(device_index).architecture
+    tensors: dict[Kernel, tuple[Strides, ...]] = {"dq": (like_q, like_k, like_k, *(like_q,) * 3)}
+    for kernel in key_gradient_kernels(arch, head_dim):
+        tensors[kernel] = (like_q, like_k, like_k, like_q, like_k, like_k)
+    return [
+        _launch_of(kernel, device_index, dtype, request, strides, 0b111111, False)[0]
+        for kernel, strides in tensors.items()
+    ]
+
+
+def _contiguous(shape: tuple[int, ...]) -> Strides:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _alignment(pointers: list[int]) -> int:
@@ -214,11 +248,16 @@ def empty_like(tensor: Tensor) -> Tensor:
     return made if made.stride(-1) == 1 else tensor.new_empty(tensor.shape)
 
 
+def row_stats_shape(query_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
+    if len(query_shape) == 4:
+        return query_shape[0], query_shape[2], query_shape[1]
+    return query_shape[1], query_shape[0]
+
+
 def empty_row_stats(query: Tensor) -> Tensor:
-    """Uninitialised fp32, one number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
-    shape = query.shape
-    stats = (shape[0], shape[2], shape[1]) if len(shape) == 4 else (shape[1], shape[0])
-    return query.new_empty(stats, dtype=torch.float32)
+    """Uninitialised fp32, one number a row."""
+    return query.new_empty(row_stats_shape(query.shape), dtype=torch.float32)
 
 
 class TritonKernels:
@@ -243,12 +282,33 @@ class TritonKernels:
             out: Like `call.query`; `call.out` itself where that is given.
             lse: fp32, natural logarithm, [B, Hq, Sq], or [Hq, Tq] of packed sequences.
         """
-        out = empty_like(call.query) if call.out is None else call.out
-        lse = empty_row_stats(call.query)
-        operands = (call.query, call.key, call.value, out)
-        floats = (abs(call.scale) * _LOG2_E, call.lse_of_empty_rows)
-        if not _launch_hopper_forward(call, operands, lse, floats):
-            _launch("forward", call, operands, (lse,), floats)
+        query, key, value = call.query, call.key, call.value
+        out = empty_like(query) if call.out is None else call.out
+        pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()]
+        device_index = query.get_device()
+        scale = call.scale
+        chosen = _forward_of(
+            device_index,
+            query.dtype,
+            request_of(call),
+            (query.stride(), key.stride(), value.stride(), out.stride()),
+            _alignment(pointers),
+            "positive" if scale > SMALLEST_SCALE else "negative" if scale < 0 else "small",
+        )
+        if chosen.counted is not None:
+            count_kernel(chosen.counted)
+        lse = torch.empty_like(chosen.like_lse)
+        cu_seqlens_query, cu_seqlens_key = call.cu_seqlens_query, call.cu_seqlens_key
+        pointers.append(lse.data_ptr())
+        pointers.append(0 if cu_seqlens_query is None else cu_seqlens_query.data_ptr())
+        pointers.append(0 if cu_seqlens_key is None else cu_seqlens_key.data_ptr())
+        chosen.variant.launch(
+            device_index,
+            chosen.plan,
+            (query, key, value, out, lse, cu_seqlens_query, cu_seqlens_key),
+            pointers,
+            (abs(scale) * _LOG2_E, call.lse_of_empty_rows, *chosen.scalars),
+        )
         return out, lse
 
     def backward(

@@ -15,6 +15,7 @@ from .native import NativeKernels
 __all__ = [
     "ActiveKernels",
     "in_layout_of",
+    "pattern",
     "run_backward",
     "run_forward",
     "serve_bhsd",
@@ -237,3 +238,14 @@ def in_layout_of(grad: Tensor, tensor: Tensor) -> Tensor:
 def _strides_of_empty_like(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
     # A meta tensor has strides and no memory.
     return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
+@lru_cache(maxsize=256)
+def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without memory, to make others like it.
+
+    `torch.empty_like` takes the host about half the time of `torch.empty`.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    return tensor
