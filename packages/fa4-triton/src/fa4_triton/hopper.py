@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
+from fa4_triton.hopper_backward import BackwardTile, tile_of
 from fa4_triton.plan import Device, Request, Strides, section_of, sizes_of
 from fa4_triton.tiles import Architecture
 
@@ -73,6 +74,7 @@ class Situation(NamedTuple):
     direction: Direction
     varlen: bool
     asked: Asked = "fastest"
+    deterministic: bool = False  # backward: gradients are to repeat bit for bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,15 @@ class Choice:
     """Which kernel serves a situation.
 
     Attributes:
-        tiles: (most query rows of a sequence, tile), the shortest first; empty: the portable
-            kernel serves.
+        tiles: (most query rows of a sequence, tile) of the forward, the shortest first; empty: the
+            portable kernel serves.
         reason: Why the portable one does; None if the Hopper one does.
+        backward: The tile of the backward, where that is asked for.
     """
 
     tiles: tuple[tuple[int, HopperTile], ...]
     reason: str | None
+    backward: BackwardTile | None = None
 
     def tile(self, seq_len_q: int) -> HopperTile:
         """The tile for sequences of so many query rows."""
@@ -138,12 +142,27 @@ _FORWARD: dict[tuple[int, int, Mask], tuple[tuple[int, HopperTile], ...]] = {
 def choose(situation: Situation) -> Choice:
     """The kernel for a situation."""
     reason = _why_portable(situation)
+    if reason is None and situation.direction == "backward":
+        return _choose_backward(situation)
     if reason is None:
         for (narrowest, widest, mask), tiles in _FORWARD.items():
             if narrowest <= situation.head_dim <= widest and mask == situation.mask:
                 return Choice(tiles, None)
-        reason = f"head_dim {situation.head_dim} would be padded to more than half as much again"
+        reason = _why_padding(situation.head_dim)
     return Choice((), reason)
+
+
+def _choose_backward(situation: Situation) -> Choice:
+    tile = tile_of(situation.head_dim, situation.mask == "causal")
+    if tile is None:
+        return Choice((), _why_padding(situation.head_dim))
+    if situation.deterministic and not tile.own_dq:
+        return Choice((), "deterministic gradients: the Hopper kernel adds to dQ in any order")
+    return Choice((), None, tile)
+
+
+def _why_padding(head_dim: int) -> str:
+    return f"head_dim {head_dim} would be padded to more than half as much again"
 
 
 def _why_portable(situation: Situation) -> str | None:
@@ -154,8 +173,6 @@ def _why_portable(situation: Situation) -> str | None:
         return untested
     if situation.asked == "portable":
         return f"{KERNELS} asks for it"
-    if situation.direction == "backward":
-        return "the backward is the portable one"
     if situation.varlen:
         return "packed sequences"
     if situation.mask == "window":
@@ -197,6 +214,7 @@ def situation_of(
     triton: str,
     gluon: str | None,
     asked: Asked,
+    deterministic: bool = False,
 ) -> Situation:
     """The situation of a request."""
     size = sizes_of(request)
@@ -207,7 +225,16 @@ def situation_of(
         mask = "causal"
     varlen = request.packed is not None
     return Situation(
-        device.architecture, triton, gluon, size.head_dim, dtype, mask, direction, varlen, asked
+        device.architecture,
+        triton,
+        gluon,
+        size.head_dim,
+        dtype,
+        mask,
+        direction,
+        varlen,
+        asked,
+        deterministic,
     )
 
 

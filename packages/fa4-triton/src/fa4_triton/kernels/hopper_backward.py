@@ -30,7 +30,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fa4_triton.kernels.hopper import (
     Grid,
-    Ring,
     draw,
     following,
     make_barriers,
@@ -40,12 +39,21 @@ from fa4_triton.kernels.hopper import (
     publish,
     published,
 )
-
-KEYS = gl.constexpr(64)
-"""Keys of a consumer: what one warp group's matrix product spans."""
-
-UNIT = gl.constexpr(64)
-"""Rows of dQ that lie together in its sums, a panel of as many columns after the other."""
+from fa4_triton.kernels.hopper_backward_common import (
+    KEYS,
+    UNIT,
+    Queries,
+    opaque,
+    block_after,
+    hide,
+    issue_scores,
+    kept,
+    load_keys,
+    load_rows,
+    rows_seeing,
+    seeing_of,
+    steps_of,
+)
 
 LINE = gl.constexpr(256)
 """Elements of a line of the sums of dQ; a panel has 16 lines."""
@@ -74,7 +82,6 @@ class BackwardConfig:
     causal: bool
     tail: bool
     drawn: bool
-    dq_first: bool
     consumer_registers: int
     producer_registers: int
 
@@ -108,66 +115,12 @@ class Memory(NamedTuple):
     board: Any
 
 
-class Queries(NamedTuple):
-    """What is computed; scalars. Sizes are those of every sequence and head."""
-
-    scale: Any
-    scale_log2: Any  # scale * log2(e), positive
-    queries: Any  # Sq
-    keys: Any  # Sk
-    heads: Any  # Hq
-    group: Any  # Hq // Hkv
-    units: Any  # of UNIT rows a head has in the workspaces
-
-
 @builtin
 def reduce_add(desc, coord, source, _semantic=None):
     """Add a block in shared memory to global memory by TMA, which Gluon does not offer."""
     coordinates = _semantic._convert_to_ir_values(coord, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, desc.handle, coordinates, source.handle)
-
-
-@gluon.jit
-def _rows_seeing(key, problem, M: gl.constexpr, CAUSAL: gl.constexpr):
-    """The first row of the first block of queries that sees `key` or a later one."""
-    row = 0
-    if CAUSAL:
-        row = gl.maximum(key - (problem.keys - problem.queries), 0) // M * M
-    return row
-
-
-@gluon.jit
-def _steps_of(first_row, problem, M: gl.constexpr):
-    """Steps of a tile: blocks of queries of all heads that share its keys."""
-    return (problem.queries - first_row + M - 1) // M * problem.group
-
-
-@gluon.jit
-def _after(row, head, first_row, problem, M: gl.constexpr):
-    """Row and head of the block of queries after this one."""
-    row += M
-    last = row >= problem.queries
-    return gl.where(last, first_row, row), gl.where(last, head + 1, head)
-
-
-@gluon.jit
-def _load_rows(desc, stats_desc, batch, head, row, problem, ring, slot, phase, block, stats):
-    """Copy rows `row ...` of a head, and their number each, once the slot is empty."""
-    mbarrier.wait(ring.empty.index(slot), phase ^ 1)
-    full = ring.full.index(slot)
-    mbarrier.expect(full, desc.block_type.nbytes + stats_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], full, block)
-    flat_row = (batch * problem.heads + head) * problem.units * UNIT + row
-    tma.async_copy_global_to_shared(stats_desc, [flat_row], full, stats)
-
-
-@gluon.jit
-def _load_keys(desc, batch, head, key, ring, phase, block):
-    """Copy the tile's keys or values, once those of the tile before are done with."""
-    mbarrier.wait(ring.empty.index(0), phase ^ 1)
-    mbarrier.expect(ring.full.index(0), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [batch, head, key, 0], ring.full.index(0), block)
 
 
 @gluon.jit
@@ -203,14 +156,20 @@ def _producer(
         block = grid.blocks - 1 - last_first
         publish(memory.board, board_slot, board_phase, block, batch, head_kv)
         board_slot, board_phase = following(board_slot, board_phase, 2)
-        first_row = _rows_seeing(block * N, problem, M, config.causal)
-        steps = _steps_of(first_row, problem, M)
+        first_row = rows_seeing(block * N, problem, M, config.causal)
+        steps = steps_of(first_row, problem, M)
         head = head_kv * problem.group
         row = first_row
-        _load_keys(
-            k_desc, batch, head_kv, block * N, memory.k_ring, key_phase, memory.k.index(0).reshape(k_shape)
+        load_keys(
+            k_desc,
+            batch,
+            head_kv,
+            block * N,
+            memory.k_ring,
+            key_phase,
+            memory.k.index(0).reshape(k_shape),
         )
-        _load_rows(
+        load_rows(
             q_desc,
             lse_desc,
             batch,
@@ -224,12 +183,18 @@ def _producer(
             memory.lse.index(q_slot),
         )
         q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
-        _load_keys(
-            v_desc, batch, head_kv, block * N, memory.v_ring, key_phase, memory.v.index(0).reshape(k_shape)
+        load_keys(
+            v_desc,
+            batch,
+            head_kv,
+            block * N,
+            memory.v_ring,
+            key_phase,
+            memory.v.index(0).reshape(k_shape),
         )
         key_phase ^= 1
         for step in range(steps):
-            _load_rows(
+            load_rows(
                 do_desc,
                 delta_desc,
                 batch,
@@ -243,9 +208,9 @@ def _producer(
                 memory.delta.index(do_slot),
             )
             do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
-            row, head = _after(row, head, first_row, problem, M)
+            row, head = block_after(row, head, first_row, problem, M)
             if step < steps - 1:
-                _load_rows(
+                load_rows(
                     q_desc,
                     lse_desc,
                     batch,
@@ -268,32 +233,7 @@ def _producer(
 
 
 @gluon.jit
-def _hide(x, first_seeing, value, M: gl.constexpr):
-    """`x` [KEYS, M] with `value` in row i before column `first_seeing[i]`.
-
-    The lane's part of a column's index goes to the other side, so that what is compared with it is
-    a constant of the instruction, not a register a column.
-    """
-    parts = x.reshape([KEYS, M // 8, 4, 2])
-    layout: gl.constexpr = parts.type.layout
-    octet_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
-    lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))
-    pair_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    row_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
-    octet = 8 * gl.arange(0, M // 8, octet_layout)
-    lane = 2 * gl.arange(0, 4, lane_layout)
-    pair = gl.arange(0, 2, pair_layout)
-    octet = gl.expand_dims(gl.expand_dims(gl.expand_dims(octet, 0), 2), 3)
-    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
-    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
-    first_seeing = gl.convert_layout(first_seeing, row_layout, assert_trivial=True)
-    first_seeing = gl.expand_dims(gl.expand_dims(gl.expand_dims(first_seeing, 1), 2), 3)
-    hidden = gl.where(octet + pair < first_seeing - lane, value, parts)
-    return gl.convert_layout(hidden.reshape([KEYS, M]), x.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _in_order_of_lanes(dq):
+def in_order_of_lanes(dq):
     """A panel [UNIT, 64] of dQ as [16, LINE]: four elements of a thread, thread by thread.
 
     So the accumulators go to shared memory 16 bytes a lane without a bank conflict.
@@ -304,32 +244,9 @@ def _in_order_of_lanes(dq):
 
 
 @gluon.jit
-def _anew(zero):
-    """0, of which the compiler does not know it.
-
-    As the index of a block it makes the compiler compute descriptors of the block where they are
-    used. What it can see of them it computes once for all steps, keeps, and spills.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [zero], gl.int32, False, 1)
-
-
-@gluon.jit
-def _kept(x):
-    """`x`, 16 bits an element, as it is: what is made of it is not made before."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
-
-
-@gluon.jit
 def _own(block, WHO: gl.constexpr):
     """Consumer WHO's keys of K or V."""
-    return block.index(_anew(0)).slice(WHO * KEYS, KEYS, 0)
-
-
-@gluon.jit
-def _issue_scores(a, b, layout: gl.constexpr, M: gl.constexpr):
-    """[KEYS, M] fp32: A B^T, both in shared memory, under way."""
-    zeros = gl.zeros([KEYS, M], gl.float32, layout)
-    return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return block.index(opaque(0)).slice(WHO * KEYS, KEYS, 0)
 
 
 @gluon.jit
@@ -337,22 +254,19 @@ def _probabilities(
     s, lse_block, first_seeing, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr
 ):
     """P^T [KEYS, M], rounded."""
-    if config.masks:
-        if masked:
-            s = _hide(s, first_seeing, float("-inf"), config.m)
+    s = hide(s, masked, first_seeing, float("-inf"), config.m, False, config)
     negative_lse = lse_block.load(gl.SliceLayout(0, s.type.layout))
     return gl.exp2(s * scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
 
 
 @gluon.jit
 def _score_gradients(p, dp, delta_block, first_seeing, masked, config: gl.constexpr):
-    """dS^T [KEYS, M], rounded."""
-    p = _kept(p)
+    """Gradients dS^T [KEYS, M], rounded."""
+    p = kept(p)
     delta = delta_block.load(gl.SliceLayout(0, dp.type.layout))
     ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
-    if config.masks:
-        if masked:
-            ds = _hide(ds, first_seeing, 0.0, config.m)  # not P alone: dP or delta may be NaN
+    # Not P alone: dP or delta may be NaN.
+    ds = hide(ds, masked, first_seeing, 0.0, config.m, False, config)
     return ds.to(p.dtype)
 
 
@@ -360,7 +274,7 @@ def _score_gradients(p, dp, delta_block, first_seeing, masked, config: gl.conste
 def _add_panel(dq_desc, dq, stage, line):
     """Add a panel of dQ to its sums. The one before has left when this returns."""
     tma.store_wait(0)
-    stage.store(_in_order_of_lanes(dq))
+    stage.store(in_order_of_lanes(dq))
     fence_async_shared()
     reduce_add(dq_desc, [line, 0], stage)
 
@@ -385,7 +299,7 @@ def _consumer(
     WHO: gl.constexpr,
     config: gl.constexpr,
 ):
-    """dK and dV of keys `WHO * KEYS ...` of every tile of this program, and a half of dQ."""
+    """Gradients dK and dV of keys `WHO * KEYS ...` of every tile, and a half of dQ."""
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
@@ -407,17 +321,12 @@ def _consumer(
     block, batch, head_kv = published(memory.board, board_slot, board_phase)
     while block >= 0:
         key = block * N
-        first_row = _rows_seeing(key, problem, M, config.causal)
-        steps = _steps_of(first_row, problem, M)
-        keys = key + WHO * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
-        # The row from which on a key is seen; one behind the end is seen by none.
-        seeing = gl.zeros([KEYS], gl.int32, gl.SliceLayout(1, s_layout))
-        clean_row = 0
-        if config.causal:
-            seeing = keys - (problem.keys - problem.queries)
-            clean_row = key + N - 1 - (problem.keys - problem.queries)
-        seeing = gl.where(keys < problem.keys, seeing, 1 << 30)
-        clean_row = gl.where(key + N > problem.keys, 1 << 30, clean_row)
+        first_row = rows_seeing(key, problem, M, config.causal)
+        steps = steps_of(first_row, problem, M)
+        first_key = key + WHO * KEYS
+        seeing, clean_row = seeing_of(
+            first_key, key + N, problem, gl.SliceLayout(1, s_layout), config
+        )
         row = first_row
         flat_head = batch * problem.heads + head_kv * problem.group
         dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
@@ -426,7 +335,7 @@ def _consumer(
         # The first step, to dS.
         mbarrier.wait(memory.k_ring.full.index(0), key_phase)
         mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
-        s = _issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
+        s = issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
         mbarrier.wait(memory.v_ring.full.index(0), key_phase)
         s = warpgroup_mma_wait(0, deps=(s,))
         p = _probabilities(
@@ -440,7 +349,7 @@ def _consumer(
         )
         mbarrier.wait(memory.do_ring.full.index(do_slot), do_phase)
         do = memory.do.index(do_slot)
-        dp = _issue_scores(_own(memory.v, WHO), do, s_layout, M)
+        dp = issue_scores(_own(memory.v, WHO), do, s_layout, M)
         dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
         ds = _score_gradients(
@@ -457,20 +366,17 @@ def _consumer(
         # What is left of a step, and the next one to its dS.
         for _ in range(1, steps):
             line = _line(row, flat_head, problem, WHO, D)
-            row, flat_head = _after(row, flat_head, first_row, problem, M)
+            row, flat_head = block_after(row, flat_head, first_row, problem, M)
             before = q_slot
             q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
             mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
-            s = _issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
+            s = issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
             mbarrier.wait(memory.ds_full.index(ds_slot), ds_phase)
             dq = _issue_dq(memory, ds_slot, dq_layout, WHO, config)
             dk = warpgroup_mma(ds, memory.q.index(before), dk, is_async=True)
             ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
-            if config.dq_first:
-                s, dq = warpgroup_mma_wait(1, deps=(s, dq))
-                _add_panel(dq_desc, dq, stage, line)
-            else:
-                s = warpgroup_mma_wait(2, deps=(s,))
+            s, dq = warpgroup_mma_wait(1, deps=(s, dq))
+            _add_panel(dq_desc, dq, stage, line)
             p = _probabilities(
                 s,
                 memory.lse.index(q_slot),
@@ -481,11 +387,8 @@ def _consumer(
                 config,
             )
             mbarrier.wait(memory.do_ring.full.index(do_slot), do_phase)
-            if not config.dq_first:
-                dq = warpgroup_mma_wait(1, deps=(dq,))
-                _add_panel(dq_desc, dq, stage, line)
             do = memory.do.index(do_slot)
-            dp = _issue_scores(_own(memory.v, WHO), do, s_layout, M)
+            dp = issue_scores(_own(memory.v, WHO), do, s_layout, M)
             dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
             dp, dk = warpgroup_mma_wait(1, deps=(dp, dk))
             mbarrier.arrive(memory.q_ring.empty.index(before), count=1)
@@ -514,7 +417,6 @@ def _consumer(
         mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
         q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
         key_phase ^= 1
-        first_key = key + WHO * KEYS
         _store_gradient(dv_desc, dv, 1.0, stage, batch, head_kv, first_key, config)
         _store_gradient(dk_desc, dk, problem.scale, stage, batch, head_kv, first_key, config)
         board_slot, board_phase = following(board_slot, board_phase, 2)
@@ -529,15 +431,15 @@ def _issue_dq(memory, slot, layout: gl.constexpr, WHO: gl.constexpr, config: gl.
     ds = memory.ds.index(slot)
     if config.d == 64:
         ds = ds.slice(WHO * UNIT, UNIT, 1)
-        k = memory.k.index(_anew(0))
+        k = memory.k.index(opaque(0))
     else:
-        k = memory.k.index(_anew(0)).slice(WHO * 64, 64, 1)
+        k = memory.k.index(opaque(0)).slice(WHO * 64, 64, 1)
     return warpgroup_mma(ds.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _store_gradient(desc, x, scale, stage, batch, head, key, config: gl.constexpr):
-    """dK or dV of a consumer's keys, through where dQ leaves."""
+    """Store dK or dV of a consumer's keys, through where dQ leaves."""
     rows: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     tma.store_wait(0)
     block = stage._reinterpret(desc.dtype, [KEYS, config.d], rows)
@@ -588,7 +490,7 @@ def hopper_backward_kernel(
     units,  # of UNIT rows a head has in the workspaces
     config: gl.constexpr,
 ):
-    """dK and dV, and dQ added to its sums. Grid: any number of programs, no more than tiles."""
+    """Add dQ to its sums; dK and dV. Grid: any number of programs, no more than tiles."""
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d

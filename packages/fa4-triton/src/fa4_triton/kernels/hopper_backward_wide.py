@@ -39,19 +39,20 @@ from fa4_triton.kernels.hopper import (
     publish,
     published,
 )
-from fa4_triton.kernels.hopper_backward import (
+from fa4_triton.kernels.hopper_backward_common import (
     KEYS,
     UNIT,
     Queries,
-    _after,
-    _anew,
-    _hide,
-    _issue_scores,
-    _kept,
-    _load_keys,
-    _load_rows,
-    _rows_seeing,
-    _steps_of,
+    opaque,
+    block_after,
+    hide,
+    issue_scores,
+    kept,
+    load_keys,
+    load_rows,
+    rows_seeing,
+    seeing_of,
+    steps_of,
 )
 
 
@@ -141,15 +142,15 @@ def _key_producer(
         block = grid.blocks - 1 - last_first
         publish(memory.board, board_slot, board_phase, block, batch, head_kv)
         board_slot, board_phase = following(board_slot, board_phase, 2)
-        first_row = _rows_seeing(block * N, problem, M, config.causal)
-        steps = _steps_of(first_row, problem, M)
+        first_row = rows_seeing(block * N, problem, M, config.causal)
+        steps = steps_of(first_row, problem, M)
         head = head_kv * problem.group
         row = first_row
         k_block = memory.k.index(0).reshape(k_shape)
         v_block = memory.v.index(0).reshape(k_shape)
-        _load_keys(k_desc, batch, head_kv, block * N, memory.k_ring, key_phase, k_block)
+        load_keys(k_desc, batch, head_kv, block * N, memory.k_ring, key_phase, k_block)
         for step in range(steps):
-            _load_rows(
+            load_rows(
                 q_desc,
                 lse_desc,
                 batch,
@@ -163,8 +164,8 @@ def _key_producer(
                 memory.lse.index(slot),
             )
             if step == 0:
-                _load_keys(v_desc, batch, head_kv, block * N, memory.v_ring, key_phase, v_block)
-            _load_rows(
+                load_keys(v_desc, batch, head_kv, block * N, memory.v_ring, key_phase, v_block)
+            load_rows(
                 do_desc,
                 delta_desc,
                 batch,
@@ -178,7 +179,7 @@ def _key_producer(
                 memory.delta.index(slot),
             )
             slot, phase = following(slot, phase, 2)
-            row, head = _after(row, head, first_row, problem, M)
+            row, head = block_after(row, head, first_row, problem, M)
         key_phase ^= 1
         if config.drawn:
             tile = draw(counter, grid)
@@ -188,27 +189,20 @@ def _key_producer(
 
 
 @gluon.jit
-def _seeing(key, problem, layout: gl.constexpr, config: gl.constexpr):
-    """(the row from which on each key is seen, the row from which on all of the block are)."""
-    keys = key + gl.arange(0, KEYS, layout)
-    seeing = gl.zeros([KEYS], gl.int32, layout)
-    clean_row = 0
-    if config.causal:
-        seeing = keys - (problem.keys - problem.queries)
-        clean_row = key + KEYS - 1 - (problem.keys - problem.queries)
-    # A key behind the end is seen by none.
-    seeing = gl.where(keys < problem.keys, seeing, 1 << 30)
-    return seeing, gl.where(key + KEYS > problem.keys, 1 << 30, clean_row)
-
-
-@gluon.jit
 def _make_p(
-    s, memory, slot, phase, seeing, row, clean_row, problem, dtype: gl.constexpr, config: gl.constexpr
+    s,
+    memory,
+    slot,
+    phase,
+    seeing,
+    row,
+    clean_row,
+    problem,
+    dtype: gl.constexpr,
+    config: gl.constexpr,
 ):
     """P^T [KEYS, M], rounded, also for the other consumer. `slot` is that of Q and of P."""
-    if config.masks:
-        if row < clean_row:
-            s = _hide(s, seeing - row, float("-inf"), config.m)
+    s = hide(s, row < clean_row, seeing - row, float("-inf"), config.m, False, config)
     negative_lse = memory.lse.index(slot).load(gl.SliceLayout(0, s.type.layout))
     p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
     mbarrier.wait(memory.p_ring.empty.index(slot), phase ^ 1)
@@ -219,7 +213,7 @@ def _make_p(
 
 @gluon.jit
 def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
-    """dV of every tile of this program, and P for the other consumer."""
+    """The gradient dV of every tile of this program, and P for the other consumer."""
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
@@ -235,15 +229,15 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
     block, batch, head_kv = published(memory.board, board_slot, board_phase)
     while block >= 0:
         key = block * N
-        first_row = _rows_seeing(key, problem, M, config.causal)
-        steps = _steps_of(first_row, problem, M)
-        seeing, clean_row = _seeing(key, problem, gl.SliceLayout(1, s_layout), config)
+        first_row = rows_seeing(key, problem, M, config.causal)
+        steps = steps_of(first_row, problem, M)
+        seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
         row = first_row
         head = 0
         dv = gl.zeros([KEYS, D], gl.float32, grad_layout)
         mbarrier.wait(memory.k_ring.full.index(0), key_phase)
         mbarrier.wait(memory.q_ring.full.index(slot), phase)
-        s = _issue_scores(memory.k.index(_anew(0)), memory.q.index(slot), s_layout, M)
+        s = issue_scores(memory.k.index(opaque(0)), memory.q.index(slot), s_layout, M)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
         p = _make_p(s, memory, slot, phase, seeing, row, clean_row, problem, dtype, config)
@@ -252,9 +246,9 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
             before = slot
             before_phase = phase
             slot, phase = following(slot, phase, 2)
-            row, head = _after(row, head, first_row, problem, M)
+            row, head = block_after(row, head, first_row, problem, M)
             mbarrier.wait(memory.q_ring.full.index(slot), phase)
-            s = _issue_scores(memory.k.index(_anew(0)), memory.q.index(slot), s_layout, M)
+            s = issue_scores(memory.k.index(opaque(0)), memory.q.index(slot), s_layout, M)
             mbarrier.wait(memory.do_ring.full.index(before), before_phase)
             dv = warpgroup_mma(p, memory.do.index(before), dv, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
@@ -262,7 +256,7 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
             p = _make_p(s, memory, slot, phase, seeing, row, clean_row, problem, dtype, config)
             dv = warpgroup_mma_wait(0, deps=(dv,))
             # Moved here, not before: what a product under way reads is not to be written.
-            p = gl.convert_layout(_kept(p), left)
+            p = gl.convert_layout(kept(p), left)
             mbarrier.arrive(memory.do_ring.empty.index(before), count=1)
         mbarrier.wait(memory.do_ring.full.index(slot), phase)
         dv = warpgroup_mma(p, memory.do.index(slot), dv, is_async=True)
@@ -281,21 +275,20 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
 def _make_ds(
     dp, memory, slot, phase, seeing, row, clean_row, left: gl.constexpr, config: gl.constexpr
 ):
-    """dS^T [KEYS, M], rounded, as a left operand. `slot` is that of dO and of P."""
+    """Gradients dS^T [KEYS, M], rounded, as a left operand. `slot` is that of dO and of P."""
     mbarrier.wait(memory.p_ring.full.index(slot), phase)
     p = memory.p.index(slot).load(dp.type.layout)
     mbarrier.arrive(memory.p_ring.empty.index(slot), count=1)
     delta = memory.delta.index(slot).load(gl.SliceLayout(0, dp.type.layout))
     ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
-    if config.masks:
-        if row < clean_row:
-            ds = _hide(ds, seeing - row, 0.0, config.m)  # dP or delta may be NaN
+    # Not P alone: dP or delta may be NaN.
+    ds = hide(ds, row < clean_row, seeing - row, 0.0, config.m, False, config)
     return gl.convert_layout(ds.to(p.dtype), left)
 
 
 @gluon.jit
 def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
-    """dK of every tile of this program."""
+    """The gradient dK of every tile of this program."""
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
@@ -310,15 +303,15 @@ def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
     block, batch, head_kv = published(memory.board, board_slot, board_phase)
     while block >= 0:
         key = block * N
-        first_row = _rows_seeing(key, problem, M, config.causal)
-        steps = _steps_of(first_row, problem, M)
-        seeing, clean_row = _seeing(key, problem, gl.SliceLayout(1, s_layout), config)
+        first_row = rows_seeing(key, problem, M, config.causal)
+        steps = steps_of(first_row, problem, M)
+        seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
         row = first_row
         head = 0
         dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
         mbarrier.wait(memory.v_ring.full.index(0), key_phase)
         mbarrier.wait(memory.do_ring.full.index(slot), phase)
-        dp = _issue_scores(memory.v.index(_anew(0)), memory.do.index(slot), s_layout, M)
+        dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         ds = _make_ds(dp, memory, slot, phase, seeing, row, clean_row, left, config)
         mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
@@ -326,9 +319,9 @@ def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
             before = slot
             before_phase = phase
             slot, phase = following(slot, phase, 2)
-            row, head = _after(row, head, first_row, problem, M)
+            row, head = block_after(row, head, first_row, problem, M)
             mbarrier.wait(memory.do_ring.full.index(slot), phase)
-            dp = _issue_scores(memory.v.index(_anew(0)), memory.do.index(slot), s_layout, M)
+            dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
             mbarrier.wait(memory.q_ring.full.index(before), before_phase)
             dk = warpgroup_mma(ds, memory.q.index(before), dk, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -355,7 +348,9 @@ def _store_gradient(desc, x, scale, block, batch, head, row, config: gl.constexp
     """64 rows of a gradient through `block`, which has been left when this returns."""
     block.store((x * scale).to(desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [batch, head, row, 0], block.reshape([1, 1, 64, config.d]))
+    tma.async_copy_shared_to_global(
+        desc, [batch, head, row, 0], block.reshape([1, 1, 64, config.d])
+    )
     tma.store_wait(0)
 
 
@@ -398,7 +393,7 @@ def hopper_wide_dkdv_kernel(
     units,  # of UNIT rows a head has in the workspaces
     config: gl.constexpr,
 ):
-    """dK and dV. Grid: any number of programs, no more than tiles."""
+    """Gradients dK and dV. Grid: any number of programs, no more than tiles."""
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
@@ -519,46 +514,18 @@ def _query_producer(
 
 
 @gluon.jit
-def _hide_from(x, limit, value, N: gl.constexpr):
-    """`x` [ROWS, N] with `value` in row i from column `limit[i]` on; see `hopper_backward._hide`."""
-    parts = x.reshape([ROWS, N // 8, 4, 2])
-    layout: gl.constexpr = parts.type.layout
-    octet_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
-    lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))
-    pair_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    row_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
-    octet = 8 * gl.arange(0, N // 8, octet_layout)
-    lane = 2 * gl.arange(0, 4, lane_layout)
-    pair = gl.arange(0, 2, pair_layout)
-    octet = gl.expand_dims(gl.expand_dims(gl.expand_dims(octet, 0), 2), 3)
-    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
-    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
-    limit = gl.convert_layout(limit, row_layout, assert_trivial=True)
-    limit = gl.expand_dims(gl.expand_dims(gl.expand_dims(limit, 1), 2), 3)
-    hidden = gl.where(octet + pair < limit - lane, parts, value)
-    return gl.convert_layout(hidden.reshape([ROWS, N]), x.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _ds_of_rows(
-    p, dp, delta, limit, masked, left: gl.constexpr, config: gl.constexpr
-):
-    """dS [ROWS, N], rounded, as a left operand."""
-    ds = _kept(p).to(gl.float32) * (dp - gl.expand_dims(delta, 1))
-    if config.masks:
-        if masked:
-            ds = _hide_from(ds, limit, 0.0, config.n)  # dP or delta may be NaN
+def _ds_of_rows(p, dp, delta, limit, masked, left: gl.constexpr, config: gl.constexpr):
+    """Gradients dS [ROWS, N], rounded, as a left operand."""
+    ds = kept(p).to(gl.float32) * (dp - gl.expand_dims(delta, 1))
+    # Not P alone: dP or delta may be NaN.
+    ds = hide(ds, masked, limit, 0.0, config.n, True, config)
     return gl.convert_layout(ds.to(p.dtype), left)
 
 
 @gluon.jit
-def _p_of_rows(
-    s, lse, limit, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr
-):
+def _p_of_rows(s, lse, limit, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr):
     """P [ROWS, N], rounded."""
-    if config.masks:
-        if masked:
-            s = _hide_from(s, limit, float("-inf"), config.n)
+    s = hide(s, masked, limit, float("-inf"), config.n, True, config)
     return gl.exp2(s * scale_log2 + gl.expand_dims(lse, 1)).to(dtype)
 
 
@@ -566,7 +533,7 @@ def _p_of_rows(
 def _query_consumer(
     dq_desc, lse, delta, counter, memory, problem, WHO: gl.constexpr, config: gl.constexpr
 ):
-    """dQ of rows `WHO * ROWS ...` of every tile of this program."""
+    """The gradient dQ of rows `WHO * ROWS ...` of every tile of this program."""
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
     dtype: gl.constexpr = dq_desc.dtype
@@ -596,12 +563,12 @@ def _query_consumer(
         acc = gl.zeros([ROWS, D], gl.float32, grad_layout)
         mbarrier.wait(memory.k_ring.full.index(slot), phase)
         mbarrier.wait(memory.q_ring.full.index(WHO), q_phase)
-        q = memory.q.index(WHO + _anew(0))
-        s = _issue_scores(q, memory.k.index(slot), s_layout, N)
+        q = memory.q.index(WHO + opaque(0))
+        s = issue_scores(q, memory.k.index(slot), s_layout, N)
         mbarrier.wait(memory.v_ring.full.index(0), v_phase)
         mbarrier.wait(memory.do_ring.full.index(WHO), q_phase)
-        do = memory.do.index(WHO + _anew(0))
-        dp = _issue_scores(do, memory.v.index(_anew(0)), s_layout, N)
+        do = memory.do.index(WHO + opaque(0))
+        dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
         s, dp = warpgroup_mma_wait(0, deps=(s, dp))
         mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
         v_phase ^= 1
@@ -611,14 +578,14 @@ def _query_consumer(
             before = slot
             slot, phase = following(slot, phase, 2)
             mbarrier.wait(memory.k_ring.full.index(slot), phase)
-            q = memory.q.index(WHO + _anew(0))
-            s = _issue_scores(q, memory.k.index(slot), s_layout, N)
+            q = memory.q.index(WHO + opaque(0))
+            s = issue_scores(q, memory.k.index(slot), s_layout, N)
             limit_here = limit - index * N
             masked = index >= whole
             if config.dp_first:
                 mbarrier.wait(memory.v_ring.full.index(0), v_phase)
-                do = memory.do.index(WHO + _anew(0))
-                dp = _issue_scores(do, memory.v.index(_anew(0)), s_layout, N)
+                do = memory.do.index(WHO + opaque(0))
+                dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
                 acc = warpgroup_mma(ds, memory.k.index(before), acc, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
                 p = _p_of_rows(s, lse_rows, limit_here, masked, problem.scale_log2, dtype, config)
@@ -632,8 +599,8 @@ def _query_consumer(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 p = _p_of_rows(s, lse_rows, limit_here, masked, problem.scale_log2, dtype, config)
                 mbarrier.wait(memory.v_ring.full.index(0), v_phase)
-                do = memory.do.index(WHO + _anew(0))
-                dp = _issue_scores(do, memory.v.index(_anew(0)), s_layout, N)
+                do = memory.do.index(WHO + opaque(0))
+                dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 mbarrier.arrive(memory.k_ring.empty.index(before), count=1)
                 dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -645,7 +612,7 @@ def _query_consumer(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
         slot, phase = following(slot, phase, 2)
-        if config.causal:
+        if config.causal:  # noqa: SIM102  # decided when compiled, the other when run
             if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) > 0:
                 gl.store(counter + 1, 1)
         _store_gradient(dq_desc, acc, problem.scale, memory.q.index(WHO), batch, head, row, config)
@@ -695,7 +662,7 @@ def hopper_wide_dq_kernel(
     units,  # of UNIT rows a head has in the workspaces
     config: gl.constexpr,
 ):
-    """dQ. Grid: any number of programs, no more than tiles."""
+    """The gradient dQ. Grid: any number of programs, no more than tiles."""
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
     dtype: gl.constexpr = q_desc.dtype
