@@ -153,7 +153,7 @@ def choose(situation: Situation) -> Choice:
 
 
 def _choose_backward(situation: Situation) -> Choice:
-    tile = tile_of(situation.head_dim, situation.mask == "causal")
+    tile = tile_of(situation.head_dim)
     if tile is None:
         return Choice((), _why_padding(situation.head_dim))
     if situation.deterministic and not tile.own_dq:

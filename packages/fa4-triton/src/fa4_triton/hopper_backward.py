@@ -39,7 +39,6 @@ class BackwardTile:
         d: Columns; the head dim is padded to it.
         q_stages: Blocks of Q in shared memory.
         do_stages: Blocks of dO.
-        drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
         own_dq: dQ has a kernel of its own, and gradients repeat bit for bit.
     """
 
@@ -48,7 +47,6 @@ class BackwardTile:
     d: int
     q_stages: int
     do_stages: int
-    drawn: bool
     own_dq: bool
 
 
@@ -63,11 +61,11 @@ _TILES: dict[tuple[int, int], tuple[int, int, int, int, int, bool]] = {
 }
 
 
-def tile_of(head_dim: int, causal: bool) -> BackwardTile | None:
+def tile_of(head_dim: int) -> BackwardTile | None:
     """The tile for a head dim; None if it would be padded to more than half as much again."""
     for (narrowest, widest), (m, n, d, q_stages, do_stages, own_dq) in _TILES.items():
         if narrowest <= head_dim <= widest:
-            return BackwardTile(m, n, d, q_stages, do_stages, drawn=causal, own_dq=own_dq)
+            return BackwardTile(m, n, d, q_stages, do_stages, own_dq)
     return None
 
 

@@ -53,7 +53,7 @@ _OF_FLOATS = {
 """Row statistics, and the sums of dQ."""
 
 # Registers of a thread: with the producer's they fill an SM's 65536.
-DP_FIRST = False
+LAB: dict[str, bool] = {}
 _CONSUMER_REGISTERS = 240
 _PRODUCER_REGISTERS = 24
 
@@ -66,8 +66,7 @@ def backward_config_of(constants: BackwardConstants) -> BackwardConfig | WideCon
             d=tile.d,
             causal=causal,
             tail=tail,
-            drawn=tile.drawn,
-            dp_first=DP_FIRST,
+            **LAB,
             consumer_registers=_CONSUMER_REGISTERS,
             producer_registers=_PRODUCER_REGISTERS,
         )
@@ -78,7 +77,6 @@ def backward_config_of(constants: BackwardConstants) -> BackwardConfig | WideCon
         do_stages=tile.do_stages,
         causal=causal,
         tail=tail,
-        drawn=tile.drawn,
         consumer_registers=_CONSUMER_REGISTERS,
         producer_registers=_PRODUCER_REGISTERS,
     )

@@ -151,9 +151,9 @@ def publish(board, slot, phase, block, batch, head):
 
 
 @gluon.jit
-def published(board, slot, phase):
-    """(block, batch, head) of the next tile. Called by one warp group."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+def published(board, slot, phase, WARPS: gl.constexpr = 4):
+    """(block, batch, head) of the next tile. Called by as many warps as there are."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(board.ring.full.index(slot), phase)
     block = gl.max(board.block.index(slot).load(layout), 0)
     batch = gl.max(board.batch.index(slot).load(layout), 0)

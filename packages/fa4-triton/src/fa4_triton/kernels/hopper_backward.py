@@ -30,29 +30,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fa4_triton.kernels.hopper import (
     Grid,
-    draw,
     following,
     make_barriers,
     make_board,
     make_ring,
-    place,
-    publish,
     published,
 )
 from fa4_triton.kernels.hopper_backward_common import (
     KEYS,
     UNIT,
     Queries,
-    opaque,
-    block_after,
+    Supply,
     hide,
     issue_scores,
     kept,
-    load_keys,
-    load_rows,
+    opaque,
+    produce,
     rows_seeing,
     seeing_of,
-    steps_of,
 )
 
 LINE = gl.constexpr(256)
@@ -70,7 +65,6 @@ class BackwardConfig:
         do_stages: Slots of dO.
         causal: Row i sees the keys up to i + Sk - Sq.
         tail: Sk is no multiple of `n`.
-        drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
         consumer_registers: Of a consumer's thread.
         producer_registers: Of a producer's.
     """
@@ -81,7 +75,6 @@ class BackwardConfig:
     do_stages: int
     causal: bool
     tail: bool
-    drawn: bool
     consumer_registers: int
     producer_registers: int
 
@@ -124,115 +117,6 @@ def reduce_add(desc, coord, source, _semantic=None):
 
 
 @gluon.jit
-def _producer(
-    q_desc,
-    k_desc,
-    v_desc,
-    do_desc,
-    lse_desc,
-    delta_desc,
-    counter,
-    memory,
-    grid,
-    problem,
-    config: gl.constexpr,
-):
-    """Copy K and V of every tile of this program, and Q and dO block by block."""
-    M: gl.constexpr = config.m
-    N: gl.constexpr = config.n
-    q_shape: gl.constexpr = [1, 1, M, config.d]
-    k_shape: gl.constexpr = [1, 1, N, config.d]
-    key_phase = 0
-    q_slot = 0
-    q_phase = 0
-    do_slot = 0
-    do_phase = 0
-    board_slot = 0
-    board_phase = 0
-    tile = gl.program_id(0)
-    while tile < grid.tiles:
-        last_first, batch, head_kv = place(tile, grid)
-        # The first block of keys first: under a causal mask it is the longest.
-        block = grid.blocks - 1 - last_first
-        publish(memory.board, board_slot, board_phase, block, batch, head_kv)
-        board_slot, board_phase = following(board_slot, board_phase, 2)
-        first_row = rows_seeing(block * N, problem, M, config.causal)
-        steps = steps_of(first_row, problem, M)
-        head = head_kv * problem.group
-        row = first_row
-        load_keys(
-            k_desc,
-            batch,
-            head_kv,
-            block * N,
-            memory.k_ring,
-            key_phase,
-            memory.k.index(0).reshape(k_shape),
-        )
-        load_rows(
-            q_desc,
-            lse_desc,
-            batch,
-            head,
-            row,
-            problem,
-            memory.q_ring,
-            q_slot,
-            q_phase,
-            memory.q.index(q_slot).reshape(q_shape),
-            memory.lse.index(q_slot),
-        )
-        q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
-        load_keys(
-            v_desc,
-            batch,
-            head_kv,
-            block * N,
-            memory.v_ring,
-            key_phase,
-            memory.v.index(0).reshape(k_shape),
-        )
-        key_phase ^= 1
-        for step in range(steps):
-            load_rows(
-                do_desc,
-                delta_desc,
-                batch,
-                head,
-                row,
-                problem,
-                memory.do_ring,
-                do_slot,
-                do_phase,
-                memory.do.index(do_slot).reshape(q_shape),
-                memory.delta.index(do_slot),
-            )
-            do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
-            row, head = block_after(row, head, first_row, problem, M)
-            if step < steps - 1:
-                load_rows(
-                    q_desc,
-                    lse_desc,
-                    batch,
-                    head,
-                    row,
-                    problem,
-                    memory.q_ring,
-                    q_slot,
-                    q_phase,
-                    memory.q.index(q_slot).reshape(q_shape),
-                    memory.lse.index(q_slot),
-                )
-                q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
-        if config.drawn:
-            # When all of this tile is on its way, as in the forward.
-            tile = draw(counter, grid)
-        else:
-            tile += gl.num_programs(0)
-    publish(memory.board, board_slot, board_phase, -1, 0, 0)
-
-
-@gluon.jit
 def in_order_of_lanes(dq):
     """A panel [UNIT, 64] of dQ as [16, LINE]: four elements of a thread, thread by thread.
 
@@ -251,22 +135,29 @@ def _own(block, WHO: gl.constexpr):
 
 @gluon.jit
 def _probabilities(
-    s, lse_block, first_seeing, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr
+    s,
+    lse_block,
+    first_seeing,
+    scale_log2,
+    dtype: gl.constexpr,
+    config: gl.constexpr,
+    MASKED: gl.constexpr,
 ):
     """P^T [KEYS, M], rounded."""
-    s = hide(s, masked, first_seeing, float("-inf"), config.m, False, config)
+    if MASKED:
+        s = hide(s, first_seeing, float("-inf"), config.m, False)
     negative_lse = lse_block.load(gl.SliceLayout(0, s.type.layout))
     return gl.exp2(s * scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
 
 
 @gluon.jit
-def _score_gradients(p, dp, delta_block, first_seeing, masked, config: gl.constexpr):
+def _score_gradients(p, dp, delta_block, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
     """Gradients dS^T [KEYS, M], rounded."""
     p = kept(p)
     delta = delta_block.load(gl.SliceLayout(0, dp.type.layout))
     ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
-    # Not P alone: dP or delta may be NaN.
-    ds = hide(ds, masked, first_seeing, 0.0, config.m, False, config)
+    if MASKED:
+        ds = hide(ds, first_seeing, 0.0, config.m, False)  # not P alone: dP or delta may be NaN
     return ds.to(p.dtype)
 
 
@@ -289,6 +180,106 @@ def _line(row, flat_head, problem, WHO: gl.constexpr, D: gl.constexpr):
         return (unit * (D // 64) + WHO) * 16
 
 
+class Walk(NamedTuple):
+    """Where a consumer is in its rings."""
+
+    q: Any
+    q_phase: Any
+    do: Any
+    do_phase: Any
+    ds: Any
+    ds_phase: Any
+
+
+@gluon.jit
+def _to_ds(
+    s,
+    dk,
+    dv,
+    memory,
+    walk,
+    first_seeing,
+    problem,
+    q_done,
+    WHO: gl.constexpr,
+    config: gl.constexpr,
+    MASKED: gl.constexpr,
+    FIRST: gl.constexpr,
+):
+    """From S^T to dS^T, under which dK of the block before ends, and dV.
+
+    Returns dS^T as a left operand, dK, dV, and the walk with dO and dS gone on.
+    """
+    M: gl.constexpr = config.m
+    dtype: gl.constexpr = memory.k.dtype
+    s_layout: gl.constexpr = s.type.layout
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, config.d, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
+    p = _probabilities(
+        s, memory.lse.index(walk.q), first_seeing, problem.scale_log2, dtype, config, MASKED
+    )
+    mbarrier.wait(memory.do_ring.full.index(walk.do), walk.do_phase)
+    do = memory.do.index(walk.do)
+    dp = issue_scores(_own(memory.v, WHO), do, s_layout, M)
+    dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
+    if FIRST:
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+    else:
+        dp, dk = warpgroup_mma_wait(1, deps=(dp, dk))
+        mbarrier.arrive(memory.q_ring.empty.index(q_done), count=1)
+    ds = _score_gradients(p, dp, memory.delta.index(walk.do), first_seeing, config, MASKED)
+    ds_slot, ds_phase = walk.ds, walk.ds_phase
+    if not FIRST:
+        ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
+    memory.ds.index(ds_slot).slice(WHO * KEYS, KEYS, 0).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(memory.ds_full.index(ds_slot), count=1)
+    dv = warpgroup_mma_wait(0, deps=(dv,))
+    mbarrier.arrive(memory.do_ring.empty.index(walk.do), count=1)
+    # An opaque move, where no product is under way: what is an operand in the next step is put
+    # where that wants it. Otherwise ptxas copies it there, in every step.
+    ds = gl.convert_layout(kept(ds), left)
+    do_slot, do_phase = following(walk.do, walk.do_phase, config.do_stages)
+    return ds, dk, dv, Walk(walk.q, walk.q_phase, do_slot, do_phase, ds_slot, ds_phase)
+
+
+@gluon.jit
+def _step(
+    ds,
+    dk,
+    dv,
+    dq_desc,
+    line,
+    memory,
+    walk,
+    first_seeing,
+    problem,
+    WHO: gl.constexpr,
+    config: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """What is left of one block of queries, dQ and dK from dS^T, and the next one to its dS^T.
+
+    `line` is where the first one's dQ goes, `first_seeing` is the next one's.
+    """
+    M: gl.constexpr = config.m
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    q_done = walk.q
+    q_slot, q_phase = following(walk.q, walk.q_phase, config.q_stages)
+    mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
+    # Before anyone waits for the other's dS.
+    s = issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
+    mbarrier.wait(memory.ds_full.index(walk.ds), walk.ds_phase)
+    dq = _issue_dq(memory, walk.ds, WHO, config)
+    dk = warpgroup_mma(ds, memory.q.index(q_done), dk, is_async=True)
+    s, dq = warpgroup_mma_wait(1, deps=(s, dq))
+    _add_panel(dq_desc, dq, memory.dq.index(WHO), line)
+    walk = Walk(q_slot, q_phase, walk.do, walk.do_phase, walk.ds, walk.ds_phase)
+    return _to_ds(
+        s, dk, dv, memory, walk, first_seeing, problem, q_done, WHO, config, MASKED, False
+    )
+
+
 @gluon.jit
 def _consumer(
     dq_desc,
@@ -303,119 +294,86 @@ def _consumer(
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
-    dtype: gl.constexpr = dk_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     stage = memory.dq.index(WHO)
     key_phase = 0
-    q_slot = 0
-    q_phase = 0
-    do_slot = 0
-    do_phase = 0
-    ds_slot = 0
-    ds_phase = 0
+    walk = Walk(0, 0, 0, 0, 0, 0)
     board_slot = 0
     board_phase = 0
     block, batch, head_kv = published(memory.board, board_slot, board_phase)
     while block >= 0:
         key = block * N
         first_row = rows_seeing(key, problem, M, config.causal)
-        steps = steps_of(first_row, problem, M)
         first_key = key + WHO * KEYS
         seeing, clean_row = seeing_of(
             first_key, key + N, problem, gl.SliceLayout(1, s_layout), config
         )
-        row = first_row
         flat_head = batch * problem.heads + head_kv * problem.group
         dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
         dv = gl.zeros([KEYS, D], gl.float32, grad_layout)
-
-        # The first step, to dS.
         mbarrier.wait(memory.k_ring.full.index(0), key_phase)
-        mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
-        s = issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
+        mbarrier.wait(memory.q_ring.full.index(walk.q), walk.q_phase)
+        s = issue_scores(_own(memory.k, WHO), memory.q.index(walk.q), s_layout, M)
         mbarrier.wait(memory.v_ring.full.index(0), key_phase)
         s = warpgroup_mma_wait(0, deps=(s,))
-        p = _probabilities(
+        ds, dk, dv, walk = _to_ds(
             s,
-            memory.lse.index(q_slot),
-            seeing - row,
-            row < clean_row,
-            problem.scale_log2,
-            dtype,
+            dk,
+            dv,
+            memory,
+            walk,
+            seeing - first_row,
+            problem,
+            0,
+            WHO,
             config,
+            config.masks,
+            True,
         )
-        mbarrier.wait(memory.do_ring.full.index(do_slot), do_phase)
-        do = memory.do.index(do_slot)
-        dp = issue_scores(_own(memory.v, WHO), do, s_layout, M)
-        dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds = _score_gradients(
-            p, dp, memory.delta.index(do_slot), seeing - row, row < clean_row, config
-        )
-        memory.ds.index(ds_slot).slice(WHO * KEYS, KEYS, 0).store(ds)
-        ds = gl.convert_layout(ds, left)
-        fence_async_shared()
-        mbarrier.arrive(memory.ds_full.index(ds_slot), count=1)
-        dv = warpgroup_mma_wait(0, deps=(dv,))
-        mbarrier.arrive(memory.do_ring.empty.index(do_slot), count=1)
-        do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
-
-        # What is left of a step, and the next one to its dS.
-        for _ in range(1, steps):
-            line = _line(row, flat_head, problem, WHO, D)
-            row, flat_head = block_after(row, flat_head, first_row, problem, M)
-            before = q_slot
-            q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
-            mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
-            s = issue_scores(_own(memory.k, WHO), memory.q.index(q_slot), s_layout, M)
-            mbarrier.wait(memory.ds_full.index(ds_slot), ds_phase)
-            dq = _issue_dq(memory, ds_slot, dq_layout, WHO, config)
-            dk = warpgroup_mma(ds, memory.q.index(before), dk, is_async=True)
-            ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
-            s, dq = warpgroup_mma_wait(1, deps=(s, dq))
-            _add_panel(dq_desc, dq, stage, line)
-            p = _probabilities(
-                s,
-                memory.lse.index(q_slot),
-                seeing - row,
-                row < clean_row,
-                problem.scale_log2,
-                dtype,
-                config,
-            )
-            mbarrier.wait(memory.do_ring.full.index(do_slot), do_phase)
-            do = memory.do.index(do_slot)
-            dp = issue_scores(_own(memory.v, WHO), do, s_layout, M)
-            dv = warpgroup_mma(gl.convert_layout(p, left), do, dv, is_async=True)
-            dp, dk = warpgroup_mma_wait(1, deps=(dp, dk))
-            mbarrier.arrive(memory.q_ring.empty.index(before), count=1)
-            ds = _score_gradients(
-                p, dp, memory.delta.index(do_slot), seeing - row, row < clean_row, config
-            )
-            memory.ds.index(ds_slot).slice(WHO * KEYS, KEYS, 0).store(ds)
-            ds = gl.convert_layout(ds, left)
-            fence_async_shared()
-            mbarrier.arrive(memory.ds_full.index(ds_slot), count=1)
-            dv = warpgroup_mma_wait(0, deps=(dv,))
-            mbarrier.arrive(memory.do_ring.empty.index(do_slot), count=1)
-            do_slot, do_phase = following(do_slot, do_phase, config.do_stages)
-
+        line = _line(first_row, flat_head, problem, WHO, D)
+        row = first_row + M
+        for _ in range(problem.group):
+            if config.masks:
+                end = gl.minimum(clean_row, problem.queries)
+                for masked_row in range(row, end, M):
+                    ds, dk, dv, walk = _step(
+                        ds,
+                        dk,
+                        dv,
+                        dq_desc,
+                        line,
+                        memory,
+                        walk,
+                        seeing - masked_row,
+                        problem,
+                        WHO,
+                        config,
+                        True,
+                    )
+                    line = _line(masked_row, flat_head, problem, WHO, D)
+                row = gl.maximum(row, end)
+            for clean in range(row, problem.queries, M):
+                ds, dk, dv, walk = _step(
+                    ds, dk, dv, dq_desc, line, memory, walk, 0, problem, WHO, config, False
+                )
+                line = _line(clean, flat_head, problem, WHO, D)
+            row = first_row
+            flat_head += 1
         # What is left of the last step.
-        mbarrier.wait(memory.ds_full.index(ds_slot), ds_phase)
-        dq = _issue_dq(memory, ds_slot, dq_layout, WHO, config)
-        dk = warpgroup_mma(ds, memory.q.index(q_slot), dk, is_async=True)
-        ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
+        mbarrier.wait(memory.ds_full.index(walk.ds), walk.ds_phase)
+        dq = _issue_dq(memory, walk.ds, WHO, config)
+        dk = warpgroup_mma(ds, memory.q.index(walk.q), dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        _add_panel(dq_desc, dq, stage, _line(row, flat_head, problem, WHO, D))
+        _add_panel(dq_desc, dq, stage, line)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         # The next tile's keys and queries come while dK and dV are stored.
-        mbarrier.arrive(memory.q_ring.empty.index(q_slot), count=1)
+        mbarrier.arrive(memory.q_ring.empty.index(walk.q), count=1)
         mbarrier.arrive(memory.k_ring.empty.index(0), count=1)
         mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
-        q_slot, q_phase = following(q_slot, q_phase, config.q_stages)
+        q_slot, q_phase = following(walk.q, walk.q_phase, config.q_stages)
+        ds_slot, ds_phase = following(walk.ds, walk.ds_phase, 2)
+        walk = Walk(q_slot, q_phase, walk.do, walk.do_phase, ds_slot, ds_phase)
         key_phase ^= 1
         _store_gradient(dv_desc, dv, 1.0, stage, batch, head_kv, first_key, config)
         _store_gradient(dk_desc, dk, problem.scale, stage, batch, head_kv, first_key, config)
@@ -425,8 +383,9 @@ def _consumer(
 
 
 @gluon.jit
-def _issue_dq(memory, slot, layout: gl.constexpr, WHO: gl.constexpr, config: gl.constexpr):
+def _issue_dq(memory, slot, WHO: gl.constexpr, config: gl.constexpr):
     """A panel of dQ = dS K, under way: of consumer WHO's rows, or of its columns."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     zeros = gl.zeros([UNIT, 64], gl.float32, layout)
     ds = memory.ds.index(slot)
     if config.d == 64:
@@ -476,7 +435,7 @@ def hopper_backward_kernel(
     lse_desc,  # fp32 [B * Hq * units * UNIT], -lse in log2, blocks of [M]
     delta_desc,  # like lse
     dq_desc,  # fp32 [B * Hq * units * UNIT * D / LINE, LINE], blocks of [16, LINE], added to
-    counter,  # int32, zero before and after; unused where tiles are dealt
+    counter,  # int32, zero before and after
     scale,
     scale_log2,  # scale * log2(e), positive
     heads,  # Hq
@@ -512,32 +471,53 @@ def hopper_backward_kernel(
         make_ring(config.q_stages, 2),
         make_ring(config.do_stages, 2),
         make_barriers(2, 2),
-        make_board(2),
+        make_board(3),
     )
     fence_async_shared()
     grid = Grid(tiles, blocks_of_keys, section, heads // group, heads_total)
     problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
+    queries = Supply(memory.k, memory.q, memory.lse, memory.k_ring, memory.q_ring)
+    gradients = Supply(memory.v, memory.do, memory.delta, memory.v_ring, memory.do_ring)
+    board = memory.board
+    Q_STAGES: gl.constexpr = config.q_stages
+    DO_STAGES: gl.constexpr = config.do_stages
     gl.warp_specialize(
         [
             (_consumer, (dq_desc, dk_desc, dv_desc, memory, problem, 0, config)),
             (_consumer, (dq_desc, dk_desc, dv_desc, memory, problem, 1, config)),
             (
-                _producer,
+                produce,
                 (
-                    q_desc,
                     k_desc,
-                    v_desc,
-                    do_desc,
+                    q_desc,
                     lse_desc,
-                    delta_desc,
                     counter,
-                    memory,
+                    queries,
+                    board,
                     grid,
                     problem,
+                    Q_STAGES,
+                    True,
+                    config,
+                ),
+            ),
+            (
+                produce,
+                (
+                    v_desc,
+                    do_desc,
+                    delta_desc,
+                    counter,
+                    gradients,
+                    board,
+                    grid,
+                    problem,
+                    DO_STAGES,
+                    False,
                     config,
                 ),
             ),
         ],
-        [4, 1],
-        [config.consumer_registers, config.producer_registers],
+        [4, 1, 1],
+        [config.consumer_registers, config.producer_registers, config.producer_registers],
     )

@@ -13,6 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
+from fa4_triton.kernels.hopper import draw, following, place, publish, published
+
 KEYS = gl.constexpr(64)
 """Keys, or rows, of a consumer: what one warp group's matrix product spans."""
 
@@ -32,6 +34,16 @@ class Queries(NamedTuple):
     units: Any  # of UNIT rows a head has in the workspaces
 
 
+class Supply(NamedTuple):
+    """What one producer warp fills: keys of a tile, and rows with a number each."""
+
+    keys: Any  # [1, N, D]
+    rows: Any  # [stages, M, D]
+    stats: Any  # [stages, M] fp32
+    keys_ring: Any  # one slot
+    ring: Any
+
+
 @gluon.jit
 def rows_seeing(key, problem, M: gl.constexpr, CAUSAL: gl.constexpr):
     """The first row of the first block of queries that sees `key` or a later one."""
@@ -42,40 +54,92 @@ def rows_seeing(key, problem, M: gl.constexpr, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def steps_of(first_row, problem, M: gl.constexpr):
-    """Steps of a tile: blocks of queries of all heads that share its keys."""
-    return (problem.queries - first_row + M - 1) // M * problem.group
+def _next_tile(tile, grid, board, slot, phase, DEALS: gl.constexpr):
+    """(block, batch, key head) of the next tile: found and published, or as it was published.
+
+    The first block of keys comes first: under a causal mask it is the longest.
+    """
+    if DEALS:
+        block = grid.tiles * 0 - 1
+        batch = block
+        head = block
+        if tile < grid.tiles:
+            from_end, batch, head = place(tile, grid)
+            block = grid.blocks - 1 - from_end
+        publish(board, slot, phase, block, batch, head)
+    else:
+        block, batch, head = published(board, slot, phase, 1)
+    return block, batch, head
 
 
 @gluon.jit
-def block_after(row, head, first_row, problem, M: gl.constexpr):
-    """Row and head of the block of queries after this one."""
-    row += M
-    last = row >= problem.queries
-    return gl.where(last, first_row, row), gl.where(last, head + 1, head)
+def produce(
+    keys_desc,
+    rows_desc,
+    stats_desc,
+    counter,
+    supply,
+    board,
+    grid,
+    problem,
+    STAGES: gl.constexpr,
+    DEALS: gl.constexpr,
+    config: gl.constexpr,
+):
+    """Copy the keys of every tile of this program, and rows block by block; one warp.
+
+    Of two such warps one copies K, and Q with -lse, and DEALS the tiles; the other copies V, and dO
+    with delta. So neither waits for what the other's blocks are still needed for.
+    """
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    rows_shape: gl.constexpr = [1, 1, M, config.d]
+    keys_shape: gl.constexpr = [1, 1, N, config.d]
+    key_phase = 0
+    slot = 0
+    phase = 0
+    board_slot = 0
+    board_phase = 0
+    tile = gl.program_id(0)
+    block, batch, head_kv = _next_tile(tile, grid, board, board_slot, board_phase, DEALS)
+    while block >= 0:
+        mbarrier.wait(supply.keys_ring.empty.index(0), key_phase ^ 1)
+        full = supply.keys_ring.full.index(0)
+        mbarrier.expect(full, keys_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            keys_desc,
+            [batch, head_kv, block * N, 0],
+            full,
+            supply.keys.index(0).reshape(keys_shape),
+        )
+        key_phase ^= 1
+        first_row = rows_seeing(block * N, problem, M, config.causal)
+        for member in range(problem.group):
+            head = head_kv * problem.group + member
+            flat_row = (batch * problem.heads + head) * problem.units * UNIT
+            for row in range(first_row, problem.queries, M):
+                mbarrier.wait(supply.ring.empty.index(slot), phase ^ 1)
+                full = supply.ring.full.index(slot)
+                mbarrier.expect(full, rows_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    rows_desc,
+                    [batch, head, row, 0],
+                    full,
+                    supply.rows.index(slot).reshape(rows_shape),
+                )
+                tma.async_copy_global_to_shared(
+                    stats_desc, [flat_row + row], full, supply.stats.index(slot)
+                )
+                slot, phase = following(slot, phase, STAGES)
+        if DEALS:
+            # When all of this tile is on its way, as in the forward.
+            tile = draw(counter, grid)
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head_kv = _next_tile(tile, grid, board, board_slot, board_phase, DEALS)
 
 
 @gluon.jit
-def load_rows(desc, stats_desc, batch, head, row, problem, ring, slot, phase, block, stats):
-    """Copy rows `row ...` of a head, and their number each, once the slot is empty."""
-    mbarrier.wait(ring.empty.index(slot), phase ^ 1)
-    full = ring.full.index(slot)
-    mbarrier.expect(full, desc.block_type.nbytes + stats_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], full, block)
-    flat_row = (batch * problem.heads + head) * problem.units * UNIT + row
-    tma.async_copy_global_to_shared(stats_desc, [flat_row], full, stats)
-
-
-@gluon.jit
-def load_keys(desc, batch, head, key, ring, phase, block):
-    """Copy the tile's keys or values, once those of the tile before are done with."""
-    mbarrier.wait(ring.empty.index(0), phase ^ 1)
-    mbarrier.expect(ring.full.index(0), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [batch, head, key, 0], ring.full.index(0), block)
-
-
-@gluon.jit
-def _hide(x, bound, value, COUNT: gl.constexpr, FROM: gl.constexpr):
+def hide(x, bound, value, COUNT: gl.constexpr, FROM: gl.constexpr):
     """`x` [64, COUNT] with `value` in row i before column `bound[i]`, or FROM there on.
 
     The lane's part of a column's index goes to the other side, so that what is compared with it is
@@ -98,23 +162,6 @@ def _hide(x, bound, value, COUNT: gl.constexpr, FROM: gl.constexpr):
     before = octet + pair < bound - lane
     hidden = gl.where(before, parts, value) if FROM else gl.where(before, value, parts)
     return gl.convert_layout(hidden.reshape([64, COUNT]), x.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def hide(
-    x,
-    masked,
-    bound,
-    value,
-    COUNT: gl.constexpr,
-    FROM: gl.constexpr,
-    config: gl.constexpr,
-):
-    """`_hide`, in blocks that are `masked`."""
-    if config.masks:  # noqa: SIM102  # decided when compiled, the other when run
-        if masked:
-            x = _hide(x, bound, value, COUNT, FROM)
-    return x
 
 
 @gluon.jit
@@ -142,7 +189,10 @@ def issue_scores(a, b, layout: gl.constexpr, M: gl.constexpr):
 
 @gluon.jit
 def seeing_of(key, end, problem, layout: gl.constexpr, config: gl.constexpr):
-    """The row from which on each key `key ...` is seen, and that from which on all up to `end`."""
+    """(the row from which on each key `key ...` is seen, the block from which on all to `end` are).
+
+    The latter as its first row.
+    """
     keys = key + gl.arange(0, KEYS, layout)
     seeing = gl.zeros([KEYS], gl.int32, layout)
     clean_row = 0
@@ -152,6 +202,4 @@ def seeing_of(key, end, problem, layout: gl.constexpr, config: gl.constexpr):
     # A key behind the end is seen by none.
     seeing = gl.where(keys < problem.keys, seeing, 1 << 30)
     clean_row = gl.where(end > problem.keys, 1 << 30, clean_row)
-    # Opaque, for what the compiler makes of a condition that it knows not to change in the loop
-    # over steps takes more registers than there are.
-    return opaque(seeing), opaque(clean_row)
+    return seeing, gl.maximum(clean_row + config.m - 1, 0) // config.m * config.m

@@ -43,16 +43,14 @@ from fa4_triton.kernels.hopper_backward_common import (
     KEYS,
     UNIT,
     Queries,
-    opaque,
-    block_after,
+    Supply,
     hide,
     issue_scores,
     kept,
-    load_keys,
-    load_rows,
+    opaque,
+    produce,
     rows_seeing,
     seeing_of,
-    steps_of,
 )
 
 
@@ -64,7 +62,6 @@ class WideConfig:
         d: Columns, a power of two.
         causal: Row i sees the keys up to i + Sk - Sq.
         tail: Sk is no multiple of `n`.
-        drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
         consumer_registers: Of a consumer's thread.
         producer_registers: Of a producer's.
     """
@@ -72,10 +69,10 @@ class WideConfig:
     d: int
     causal: bool
     tail: bool
-    drawn: bool
-    dp_first: bool
     consumer_registers: int
     producer_registers: int
+    early: bool = True
+    late: bool = False
 
     @property
     def m(self) -> int:
@@ -112,103 +109,47 @@ class KeyMemory(NamedTuple):
 
 
 @gluon.jit
-def _key_producer(
-    q_desc,
-    k_desc,
-    v_desc,
-    do_desc,
-    lse_desc,
-    delta_desc,
-    counter,
-    memory,
-    grid,
-    problem,
-    config: gl.constexpr,
-):
-    """Copy K and V of every tile of this program, and Q and dO block by block."""
-    M: gl.constexpr = config.m
-    N: gl.constexpr = config.n
-    q_shape: gl.constexpr = [1, 1, M, config.d]
-    k_shape: gl.constexpr = [1, 1, N, config.d]
-    key_phase = 0
-    slot = 0
-    phase = 0
-    board_slot = 0
-    board_phase = 0
-    tile = gl.program_id(0)
-    while tile < grid.tiles:
-        last_first, batch, head_kv = place(tile, grid)
-        # The first block of keys first: under a causal mask it is the longest.
-        block = grid.blocks - 1 - last_first
-        publish(memory.board, board_slot, board_phase, block, batch, head_kv)
-        board_slot, board_phase = following(board_slot, board_phase, 2)
-        first_row = rows_seeing(block * N, problem, M, config.causal)
-        steps = steps_of(first_row, problem, M)
-        head = head_kv * problem.group
-        row = first_row
-        k_block = memory.k.index(0).reshape(k_shape)
-        v_block = memory.v.index(0).reshape(k_shape)
-        load_keys(k_desc, batch, head_kv, block * N, memory.k_ring, key_phase, k_block)
-        for step in range(steps):
-            load_rows(
-                q_desc,
-                lse_desc,
-                batch,
-                head,
-                row,
-                problem,
-                memory.q_ring,
-                slot,
-                phase,
-                memory.q.index(slot).reshape(q_shape),
-                memory.lse.index(slot),
-            )
-            if step == 0:
-                load_keys(v_desc, batch, head_kv, block * N, memory.v_ring, key_phase, v_block)
-            load_rows(
-                do_desc,
-                delta_desc,
-                batch,
-                head,
-                row,
-                problem,
-                memory.do_ring,
-                slot,
-                phase,
-                memory.do.index(slot).reshape(q_shape),
-                memory.delta.index(slot),
-            )
-            slot, phase = following(slot, phase, 2)
-            row, head = block_after(row, head, first_row, problem, M)
-        key_phase ^= 1
-        if config.drawn:
-            tile = draw(counter, grid)
-        else:
-            tile += gl.num_programs(0)
-    publish(memory.board, board_slot, board_phase, -1, 0, 0)
+def _make_p(s, memory, at, first_seeing, problem, config: gl.constexpr, MASKED: gl.constexpr):
+    """P^T [KEYS, M], rounded, also for the other consumer. `at` is where S came from."""
+    if MASKED:
+        s = hide(s, first_seeing, float("-inf"), config.m, False)
+    negative_lse = memory.lse.index(at.slot).load(gl.SliceLayout(0, s.type.layout))
+    p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(memory.k.dtype)
+    mbarrier.wait(memory.p_ring.empty.index(at.slot), at.phase ^ 1)
+    memory.p.index(at.slot).store(p)
+    mbarrier.arrive(memory.p_ring.full.index(at.slot), count=1)
+    return p
+
+
+class At(NamedTuple):
+    """Where a consumer is in its rings, which all have two slots."""
+
+    slot: Any
+    phase: Any
 
 
 @gluon.jit
-def _make_p(
-    s,
-    memory,
-    slot,
-    phase,
-    seeing,
-    row,
-    clean_row,
-    problem,
-    dtype: gl.constexpr,
-    config: gl.constexpr,
+def _value_step(
+    p, dv, memory, at, first_seeing, problem, config: gl.constexpr, MASKED: gl.constexpr
 ):
-    """P^T [KEYS, M], rounded, also for the other consumer. `slot` is that of Q and of P."""
-    s = hide(s, row < clean_row, seeing - row, float("-inf"), config.m, False, config)
-    negative_lse = memory.lse.index(slot).load(gl.SliceLayout(0, s.type.layout))
-    p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
-    mbarrier.wait(memory.p_ring.empty.index(slot), phase ^ 1)
-    memory.p.index(slot).store(p)
-    mbarrier.arrive(memory.p_ring.full.index(slot), count=1)
-    return p
+    """Of the block of queries at `at`, dV from P^T; of the next, P^T."""
+    M: gl.constexpr = config.m
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    before = at
+    slot, phase = following(at.slot, at.phase, 2)
+    at = At(slot, phase)
+    mbarrier.wait(memory.q_ring.full.index(slot), phase)
+    s = issue_scores(memory.k.index(opaque(0)), memory.q.index(slot), s_layout, M)
+    mbarrier.wait(memory.do_ring.full.index(before.slot), before.phase)
+    dv = warpgroup_mma(p, memory.do.index(before.slot), dv, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
+    next_p = _make_p(s, memory, at, first_seeing, problem, config, MASKED)
+    dv = warpgroup_mma_wait(0, deps=(dv,))
+    # Moved here, not before: what a product under way reads is not to be written.
+    p = gl.convert_layout(kept(next_p), p.type.layout)
+    mbarrier.arrive(memory.do_ring.empty.index(before.slot), count=1)
+    return p, dv, at
 
 
 @gluon.jit
@@ -217,52 +158,44 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
-    dtype: gl.constexpr = dv_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     key_phase = 0
-    slot = 0
-    phase = 0
+    at = At(0, 0)
     board_slot = 0
     board_phase = 0
     block, batch, head_kv = published(memory.board, board_slot, board_phase)
     while block >= 0:
         key = block * N
         first_row = rows_seeing(key, problem, M, config.causal)
-        steps = steps_of(first_row, problem, M)
         seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
-        row = first_row
-        head = 0
         dv = gl.zeros([KEYS, D], gl.float32, grad_layout)
         mbarrier.wait(memory.k_ring.full.index(0), key_phase)
-        mbarrier.wait(memory.q_ring.full.index(slot), phase)
-        s = issue_scores(memory.k.index(opaque(0)), memory.q.index(slot), s_layout, M)
+        mbarrier.wait(memory.q_ring.full.index(at.slot), at.phase)
+        s = issue_scores(memory.k.index(opaque(0)), memory.q.index(at.slot), s_layout, M)
         s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
-        p = _make_p(s, memory, slot, phase, seeing, row, clean_row, problem, dtype, config)
-        p = gl.convert_layout(p, left)
-        for _ in range(1, steps):
-            before = slot
-            before_phase = phase
-            slot, phase = following(slot, phase, 2)
-            row, head = block_after(row, head, first_row, problem, M)
-            mbarrier.wait(memory.q_ring.full.index(slot), phase)
-            s = issue_scores(memory.k.index(opaque(0)), memory.q.index(slot), s_layout, M)
-            mbarrier.wait(memory.do_ring.full.index(before), before_phase)
-            dv = warpgroup_mma(p, memory.do.index(before), dv, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
-            p = _make_p(s, memory, slot, phase, seeing, row, clean_row, problem, dtype, config)
-            dv = warpgroup_mma_wait(0, deps=(dv,))
-            # Moved here, not before: what a product under way reads is not to be written.
-            p = gl.convert_layout(kept(p), left)
-            mbarrier.arrive(memory.do_ring.empty.index(before), count=1)
-        mbarrier.wait(memory.do_ring.full.index(slot), phase)
-        dv = warpgroup_mma(p, memory.do.index(slot), dv, is_async=True)
+        mbarrier.arrive(memory.q_ring.empty.index(at.slot), count=1)
+        p = _make_p(s, memory, at, seeing - first_row, problem, config, config.masks)
+        p = gl.convert_layout(kept(p), left)
+        row = first_row + M
+        for _ in range(problem.group):
+            if config.masks:
+                end = gl.minimum(clean_row, problem.queries)
+                for masked_row in range(row, end, M):
+                    p, dv, at = _value_step(
+                        p, dv, memory, at, seeing - masked_row, problem, config, True
+                    )
+                row = gl.maximum(row, end)
+            for _ in range(row, problem.queries, M):
+                p, dv, at = _value_step(p, dv, memory, at, 0, problem, config, False)
+            row = first_row
+        mbarrier.wait(memory.do_ring.full.index(at.slot), at.phase)
+        dv = warpgroup_mma(p, memory.do.index(at.slot), dv, is_async=True)
         dv = warpgroup_mma_wait(0, deps=(dv,))
-        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
-        slot, phase = following(slot, phase, 2)
+        mbarrier.arrive(memory.do_ring.empty.index(at.slot), count=1)
+        slot, phase = following(at.slot, at.phase, 2)
+        at = At(slot, phase)
         # Nobody else reads K.
         _store_gradient(dv_desc, dv, 1.0, memory.k.index(0), batch, head_kv, key, config)
         mbarrier.arrive(memory.k_ring.empty.index(0), count=1)
@@ -272,18 +205,99 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
 
 
 @gluon.jit
-def _make_ds(
-    dp, memory, slot, phase, seeing, row, clean_row, left: gl.constexpr, config: gl.constexpr
-):
-    """Gradients dS^T [KEYS, M], rounded, as a left operand. `slot` is that of dO and of P."""
-    mbarrier.wait(memory.p_ring.full.index(slot), phase)
-    p = memory.p.index(slot).load(dp.type.layout)
-    mbarrier.arrive(memory.p_ring.empty.index(slot), count=1)
-    delta = memory.delta.index(slot).load(gl.SliceLayout(0, dp.type.layout))
+def _make_ds(dp, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
+    """Gradients dS^T [KEYS, M], rounded. `at` is where dP came from, and P."""
+    mbarrier.wait(memory.p_ring.full.index(at.slot), at.phase)
+    p = memory.p.index(at.slot).load(dp.type.layout)
+    mbarrier.arrive(memory.p_ring.empty.index(at.slot), count=1)
+    delta = memory.delta.index(at.slot).load(gl.SliceLayout(0, dp.type.layout))
     ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
-    # Not P alone: dP or delta may be NaN.
-    ds = hide(ds, row < clean_row, seeing - row, 0.0, config.m, False, config)
-    return gl.convert_layout(ds.to(p.dtype), left)
+    if MASKED:
+        ds = hide(ds, first_seeing, 0.0, config.m, False)  # not P alone: dP or delta may be NaN
+    return ds.to(p.dtype)
+
+
+@gluon.jit
+def _key_step(ds, dk, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
+    """Of the block of queries at `at`, dK from dS^T; of the next, dS^T."""
+    M: gl.constexpr = config.m
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    before = at
+    slot, phase = following(at.slot, at.phase, 2)
+    at = At(slot, phase)
+    mbarrier.wait(memory.do_ring.full.index(slot), phase)
+    dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
+    mbarrier.wait(memory.q_ring.full.index(before.slot), before.phase)
+    dk = warpgroup_mma(ds, memory.q.index(before.slot), dk, is_async=True)
+    if config.early:
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        next_ds = _make_ds(dp, memory, at, first_seeing, config, MASKED)
+        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(memory.q_ring.empty.index(before.slot), count=1)
+    else:
+        dp, dk = warpgroup_mma_wait(0, deps=(dp, dk))
+        mbarrier.arrive(memory.q_ring.empty.index(before.slot), count=1)
+        next_ds = _make_ds(dp, memory, at, first_seeing, config, MASKED)
+        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
+    return gl.convert_layout(kept(next_ds), ds.type.layout), dk, at
+
+
+@gluon.jit
+def _late_key_step(dk, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
+    M: gl.constexpr = config.m
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, config.d, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
+    slot, phase = at.slot, at.phase
+    mbarrier.wait(memory.do_ring.full.index(slot), phase)
+    dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
+    mbarrier.wait(memory.q_ring.full.index(slot), phase)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = _make_ds(dp, memory, at, first_seeing, config, MASKED)
+    mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
+    dk = warpgroup_mma(gl.convert_layout(ds, left), memory.q.index(slot), dk, is_async=True)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
+    slot, phase = following(slot, phase, 2)
+    return dk, At(slot, phase)
+
+
+@gluon.jit
+def _late_key_consumer(dk_desc, memory, problem, config: gl.constexpr):
+    """The gradient dK of every tile of this program."""
+    M: gl.constexpr = config.m
+    N: gl.constexpr = config.n
+    D: gl.constexpr = config.d
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    key_phase = 0
+    at = At(0, 0)
+    board_slot = 0
+    board_phase = 0
+    block, batch, head_kv = published(memory.board, board_slot, board_phase)
+    while block >= 0:
+        key = block * N
+        first_row = rows_seeing(key, problem, M, config.causal)
+        seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
+        dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
+        mbarrier.wait(memory.v_ring.full.index(0), key_phase)
+        for _ in range(problem.group):
+            row = first_row
+            if config.masks:
+                end = gl.minimum(clean_row, problem.queries)
+                for masked_row in range(row, end, M):
+                    dk, at = _late_key_step(dk, memory, at, seeing - masked_row, config, True)
+                row = gl.maximum(row, end)
+            for _ in range(row, problem.queries, M):
+                dk, at = _late_key_step(dk, memory, at, 0, config, False)
+        # Nobody else reads V.
+        v_block = memory.v.index(0)
+        _store_gradient(dk_desc, dk, problem.scale, v_block, batch, head_kv, key, config)
+        mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+        key_phase ^= 1
+        board_slot, board_phase = following(board_slot, board_phase, 2)
+        block, batch, head_kv = published(memory.board, board_slot, board_phase)
 
 
 @gluon.jit
@@ -296,44 +310,38 @@ def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     key_phase = 0
-    slot = 0
-    phase = 0
+    at = At(0, 0)
     board_slot = 0
     board_phase = 0
     block, batch, head_kv = published(memory.board, board_slot, board_phase)
     while block >= 0:
         key = block * N
         first_row = rows_seeing(key, problem, M, config.causal)
-        steps = steps_of(first_row, problem, M)
         seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
-        row = first_row
-        head = 0
         dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
         mbarrier.wait(memory.v_ring.full.index(0), key_phase)
-        mbarrier.wait(memory.do_ring.full.index(slot), phase)
-        dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
+        mbarrier.wait(memory.do_ring.full.index(at.slot), at.phase)
+        dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(at.slot), s_layout, M)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        ds = _make_ds(dp, memory, slot, phase, seeing, row, clean_row, left, config)
-        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
-        for _ in range(1, steps):
-            before = slot
-            before_phase = phase
-            slot, phase = following(slot, phase, 2)
-            row, head = block_after(row, head, first_row, problem, M)
-            mbarrier.wait(memory.do_ring.full.index(slot), phase)
-            dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
-            mbarrier.wait(memory.q_ring.full.index(before), before_phase)
-            dk = warpgroup_mma(ds, memory.q.index(before), dk, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = _make_ds(dp, memory, slot, phase, seeing, row, clean_row, left, config)
-            mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
-            dk = warpgroup_mma_wait(0, deps=(dk,))
-            mbarrier.arrive(memory.q_ring.empty.index(before), count=1)
-        mbarrier.wait(memory.q_ring.full.index(slot), phase)
-        dk = warpgroup_mma(ds, memory.q.index(slot), dk, is_async=True)
+        ds = _make_ds(dp, memory, at, seeing - first_row, config, config.masks)
+        ds = gl.convert_layout(kept(ds), left)
+        mbarrier.arrive(memory.do_ring.empty.index(at.slot), count=1)
+        row = first_row + M
+        for _ in range(problem.group):
+            if config.masks:
+                end = gl.minimum(clean_row, problem.queries)
+                for masked_row in range(row, end, M):
+                    ds, dk, at = _key_step(ds, dk, memory, at, seeing - masked_row, config, True)
+                row = gl.maximum(row, end)
+            for _ in range(row, problem.queries, M):
+                ds, dk, at = _key_step(ds, dk, memory, at, 0, config, False)
+            row = first_row
+        mbarrier.wait(memory.q_ring.full.index(at.slot), at.phase)
+        dk = warpgroup_mma(ds, memory.q.index(at.slot), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=(dk,))
-        mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
-        slot, phase = following(slot, phase, 2)
+        mbarrier.arrive(memory.q_ring.empty.index(at.slot), count=1)
+        slot, phase = following(at.slot, at.phase, 2)
+        at = At(slot, phase)
         # Nobody else reads V.
         v_block = memory.v.index(0)
         _store_gradient(dk_desc, dk, problem.scale, v_block, batch, head_kv, key, config)
@@ -379,7 +387,7 @@ def hopper_wide_dkdv_kernel(
     dv_desc,  # like k, written
     lse_desc,  # fp32 [B * Hq * units * UNIT], -lse in log2, blocks of [M]
     delta_desc,  # like lse
-    counter,  # int32, zero before and after; unused where tiles are dealt
+    counter,  # int32, zero before and after
     scale,
     scale_log2,  # scale * log2(e), positive
     heads,  # Hq
@@ -413,34 +421,56 @@ def hopper_wide_dkdv_kernel(
         make_ring(2, 2),
         make_ring(2, 2),
         make_ring(2, 1),
-        make_board(2),
+        make_board(3),
     )
     fence_async_shared()
     grid = Grid(tiles, blocks_of_keys, section, heads // group, heads_total)
     problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
+    queries = Supply(memory.k, memory.q, memory.lse, memory.k_ring, memory.q_ring)
+    gradients = Supply(memory.v, memory.do, memory.delta, memory.v_ring, memory.do_ring)
+    board = memory.board
     gl.warp_specialize(
         [
             (_value_consumer, (dv_desc, memory, problem, config)),
-            (_key_consumer, (dk_desc, memory, problem, config)),
             (
-                _key_producer,
+                _late_key_consumer if config.late else _key_consumer,
+                (dk_desc, memory, problem, config),
+            ),
+            (
+                produce,
                 (
-                    q_desc,
                     k_desc,
-                    v_desc,
-                    do_desc,
+                    q_desc,
                     lse_desc,
-                    delta_desc,
                     counter,
-                    memory,
+                    queries,
+                    board,
                     grid,
                     problem,
+                    2,
+                    True,
+                    config,
+                ),
+            ),
+            (
+                produce,
+                (
+                    v_desc,
+                    do_desc,
+                    delta_desc,
+                    counter,
+                    gradients,
+                    board,
+                    grid,
+                    problem,
+                    2,
+                    False,
                     config,
                 ),
             ),
         ],
-        [4, 1],
-        [config.consumer_registers, config.producer_registers],
+        [4, 1, 1],
+        [config.consumer_registers, config.producer_registers, config.producer_registers],
     )
 
 
@@ -506,27 +536,78 @@ def _query_producer(
                     q_row = row + who * ROWS
                     _load(do_desc, batch, head, q_row, memory.do_ring, who, q_phase, do_block)
         q_phase ^= 1
-        if config.drawn:
-            tile = draw(counter, grid)
-        else:
-            tile += gl.num_programs(0)
+        tile = draw(counter, grid)
     publish(memory.board, board_slot, board_phase, -1, 0, 0)
 
 
+class Rows(NamedTuple):
+    """What a consumer knows of its query rows, [ROWS] each."""
+
+    lse: Any  # -lse in log2
+    delta: Any
+    limit: Any  # how many keys each sees
+
+
 @gluon.jit
-def _ds_of_rows(p, dp, delta, limit, masked, left: gl.constexpr, config: gl.constexpr):
-    """Gradients dS [ROWS, N], rounded, as a left operand."""
-    ds = kept(p).to(gl.float32) * (dp - gl.expand_dims(delta, 1))
-    # Not P alone: dP or delta may be NaN.
-    ds = hide(ds, masked, limit, 0.0, config.n, True, config)
+def _p_of_rows(s, rows, key, problem, dtype: gl.constexpr, N: gl.constexpr, MASKED: gl.constexpr):
+    """P [ROWS, N] of keys `key ...`, rounded."""
+    if MASKED:
+        s = hide(s, rows.limit - key, float("-inf"), N, True)
+    return gl.exp2(s * problem.scale_log2 + gl.expand_dims(rows.lse, 1)).to(dtype)
+
+
+@gluon.jit
+def _ds_of_rows(p, dp, rows, key, left: gl.constexpr, N: gl.constexpr, MASKED: gl.constexpr):
+    """Gradients dS [ROWS, N] of keys `key ...`, rounded, as a left operand."""
+    ds = kept(p).to(gl.float32) * (dp - gl.expand_dims(rows.delta, 1))
+    if MASKED:
+        ds = hide(ds, rows.limit - key, 0.0, N, True)  # not P alone: dP or delta may be NaN
     return gl.convert_layout(ds.to(p.dtype), left)
 
 
+class KeysAt(NamedTuple):
+    """Where a consumer is in the rings of K and V."""
+
+    slot: Any
+    phase: Any
+    v_phase: Any
+
+
 @gluon.jit
-def _p_of_rows(s, lse, limit, masked, scale_log2, dtype: gl.constexpr, config: gl.constexpr):
-    """P [ROWS, N], rounded."""
-    s = hide(s, masked, limit, float("-inf"), config.n, True, config)
-    return gl.exp2(s * scale_log2 + gl.expand_dims(lse, 1)).to(dtype)
+def _query_step(
+    ds,
+    acc,
+    memory,
+    at,
+    rows,
+    key,
+    problem,
+    WHO: gl.constexpr,
+    config: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Of the block of keys at `at`, dQ from dS; of the next, `key ...`, dS."""
+    N: gl.constexpr = config.n
+    dtype: gl.constexpr = memory.k.dtype
+    left: gl.constexpr = ds.type.layout
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    before = at.slot
+    slot, phase = following(at.slot, at.phase, 2)
+    mbarrier.wait(memory.k_ring.full.index(slot), phase)
+    q = memory.q.index(WHO + opaque(0))
+    s = issue_scores(q, memory.k.index(slot), s_layout, N)
+    acc = warpgroup_mma(ds, memory.k.index(before), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p = _p_of_rows(s, rows, key, problem, dtype, N, MASKED)
+    mbarrier.wait(memory.v_ring.full.index(0), at.v_phase)
+    do = memory.do.index(WHO + opaque(0))
+    dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    mbarrier.arrive(memory.k_ring.empty.index(before), count=1)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
+    ds = _ds_of_rows(p, dp, rows, key, left, N, MASKED)
+    return ds, acc, KeysAt(slot, phase, at.v_phase ^ 1)
 
 
 @gluon.jit
@@ -541,9 +622,7 @@ def _query_consumer(
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
-    slot = 0
-    phase = 0
-    v_phase = 0
+    at = KeysAt(0, 0, 0)
     q_phase = 0
     board_slot = 0
     board_phase = 0
@@ -552,66 +631,49 @@ def _query_consumer(
         row = block * (2 * ROWS) + WHO * ROWS
         brought, _ = blocks_seen(block * (2 * ROWS), 2 * ROWS, problem, N, config.causal)
         _, whole = blocks_seen(row, ROWS, problem, N, config.causal)
-        rows = row + gl.arange(0, ROWS, row_layout)
+        row_numbers = row + gl.arange(0, ROWS, row_layout)
         limit = gl.zeros([ROWS], gl.int32, row_layout) + problem.keys
         if config.causal:
-            limit = gl.minimum(limit, rows + (1 + problem.keys - problem.queries))
-        inside = rows < problem.units * UNIT
-        place_of_rows = (batch * problem.heads + head) * problem.units * UNIT + rows
-        lse_rows = gl.load(lse + place_of_rows, mask=inside, other=float("-inf"))
-        delta_rows = gl.load(delta + place_of_rows, mask=inside, other=0.0)
+            limit = gl.minimum(limit, row_numbers + (1 + problem.keys - problem.queries))
+        inside = row_numbers < problem.units * UNIT
+        flat_rows = (batch * problem.heads + head) * problem.units * UNIT + row_numbers
+        lse_rows = gl.load(lse + flat_rows, mask=inside, other=float("-inf"))
+        delta_rows = gl.load(delta + flat_rows, mask=inside, other=0.0)
+        rows = Rows(lse_rows, delta_rows, limit)
         acc = gl.zeros([ROWS, D], gl.float32, grad_layout)
-        mbarrier.wait(memory.k_ring.full.index(slot), phase)
+        mbarrier.wait(memory.k_ring.full.index(at.slot), at.phase)
         mbarrier.wait(memory.q_ring.full.index(WHO), q_phase)
         q = memory.q.index(WHO + opaque(0))
-        s = issue_scores(q, memory.k.index(slot), s_layout, N)
-        mbarrier.wait(memory.v_ring.full.index(0), v_phase)
+        s = issue_scores(q, memory.k.index(at.slot), s_layout, N)
+        mbarrier.wait(memory.v_ring.full.index(0), at.v_phase)
         mbarrier.wait(memory.do_ring.full.index(WHO), q_phase)
         do = memory.do.index(WHO + opaque(0))
         dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
         s, dp = warpgroup_mma_wait(0, deps=(s, dp))
         mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
-        v_phase ^= 1
-        p = _p_of_rows(s, lse_rows, limit, whole < 1, problem.scale_log2, dtype, config)
-        ds = _ds_of_rows(p, dp, delta_rows, limit, whole < 1, left, config)
-        for index in range(1, brought):
-            before = slot
-            slot, phase = following(slot, phase, 2)
-            mbarrier.wait(memory.k_ring.full.index(slot), phase)
-            q = memory.q.index(WHO + opaque(0))
-            s = issue_scores(q, memory.k.index(slot), s_layout, N)
-            limit_here = limit - index * N
-            masked = index >= whole
-            if config.dp_first:
-                mbarrier.wait(memory.v_ring.full.index(0), v_phase)
-                do = memory.do.index(WHO + opaque(0))
-                dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
-                acc = warpgroup_mma(ds, memory.k.index(before), acc, is_async=True)
-                s = warpgroup_mma_wait(2, deps=(s,))
-                p = _p_of_rows(s, lse_rows, limit_here, masked, problem.scale_log2, dtype, config)
-                dp = warpgroup_mma_wait(1, deps=(dp,))
-                mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
-                ds = _ds_of_rows(p, dp, delta_rows, limit_here, masked, left, config)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(memory.k_ring.empty.index(before), count=1)
-            else:
-                acc = warpgroup_mma(ds, memory.k.index(before), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                p = _p_of_rows(s, lse_rows, limit_here, masked, problem.scale_log2, dtype, config)
-                mbarrier.wait(memory.v_ring.full.index(0), v_phase)
-                do = memory.do.index(WHO + opaque(0))
-                dp = issue_scores(do, memory.v.index(opaque(0)), s_layout, N)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(memory.k_ring.empty.index(before), count=1)
-                dp = warpgroup_mma_wait(0, deps=(dp,))
-                mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
-                ds = _ds_of_rows(p, dp, delta_rows, limit_here, masked, left, config)
-            v_phase ^= 1
+        at = KeysAt(at.slot, at.phase, at.v_phase ^ 1)
+        p = _p_of_rows(s, rows, 0, problem, dtype, N, config.masks)
+        ds = _ds_of_rows(p, dp, rows, 0, left, N, config.masks)
+        if config.masks:
+            for index in range(1, whole):
+                ds, acc, at = _query_step(
+                    ds, acc, memory, at, rows, index * N, problem, WHO, config, False
+                )
+            for index in range(gl.maximum(whole, 1), brought):
+                ds, acc, at = _query_step(
+                    ds, acc, memory, at, rows, index * N, problem, WHO, config, True
+                )
+        else:
+            for index in range(1, brought):
+                ds, acc, at = _query_step(
+                    ds, acc, memory, at, rows, index * N, problem, WHO, config, False
+                )
         mbarrier.arrive(memory.do_ring.empty.index(WHO), count=1)
-        acc = warpgroup_mma(ds, memory.k.index(slot), acc, is_async=True)
+        acc = warpgroup_mma(ds, memory.k.index(at.slot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
-        slot, phase = following(slot, phase, 2)
+        mbarrier.arrive(memory.k_ring.empty.index(at.slot), count=1)
+        slot, phase = following(at.slot, at.phase, 2)
+        at = KeysAt(slot, phase, at.v_phase)
         if config.causal:  # noqa: SIM102  # decided when compiled, the other when run
             if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) > 0:
                 gl.store(counter + 1, 1)
@@ -648,7 +710,7 @@ def hopper_wide_dq_kernel(
     dq_desc,  # like q, written
     lse,  # fp32 [B * Hq * units * UNIT], -lse in log2
     delta,  # like lse
-    counter,  # int32 [2]: zero before and after, unused where tiles are dealt; 1 if dQ has a NaN
+    counter,  # int32 [2]: zero before and after; 1 if dQ has a NaN
     scale,
     scale_log2,  # scale * log2(e), positive
     heads,  # Hq
