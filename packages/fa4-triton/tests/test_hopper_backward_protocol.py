@@ -103,7 +103,7 @@ class Program:
 
     def __init__(self, tiles: list[int]) -> None:
         self.tiles = tiles
-        self.board = Ring(2, 2)
+        self.board = Ring(2, 3)
         self.copies: list[Steps] = []
         self.finished: list[tuple[int, str]] = []
         self.moves = 0
@@ -173,7 +173,7 @@ class Program:
     def state(self) -> Any:
         rings = [ring for ring in vars(self).values() if isinstance(ring, Ring)]
         bars = [bar for ring in rings for bar in (*ring.full, *ring.empty)]
-        bars += [bar for bar in vars(self).get("ds_full", ())]
+        bars += [*vars(self).get("ds_full", ()), *vars(self).get("p_full", ())]
         blocks = [block for ring in rings for block in ring.blocks]
         return (
             [(bar.phase, bar.pending) for bar in bars],
@@ -191,20 +191,30 @@ class ByKeys(Program):
         self.k, self.v = Ring(1, sharing), Ring(1, sharing)
         self.q, self.do = Ring(q_stages, 2), Ring(do_stages, 2)
 
-    def producer(self) -> Steps:
-        q, do, keys, board = At(len(self.q.full)), At(len(self.do.full)), At(1), At(2)
-        for number, steps in enumerate(self.tiles):
-            yield from self.publish(board, number)
-            key_slot, key_phase = keys.step()
-            yield from self.load(self.k, key_slot, key_phase, number)
-            yield from self.load(self.q, *q.step(), (number, 0))
-            yield from self.load(self.v, key_slot, key_phase, number)
-            for step in range(steps):
-                yield from self.load(self.do, *do.step(), (number, step))
-                if step + 1 < steps:
-                    yield from self.load(self.q, *q.step(), (number, step + 1))
+    def producers(self) -> list[Steps]:
+        return [
+            self.producer(self.k, self.q, deals=True),
+            self.producer(self.v, self.do, deals=False),
+        ]
+
+    def producer(self, keys: Ring, rows: Ring, deals: bool) -> Steps:
+        at, key_at, board = At(len(rows.full)), At(1), At(2)
+        number = -1
+        while True:
+            if deals:
+                number += 1
+                last = number == len(self.tiles)
+                yield from self.publish(board, None if last else number)
+                if last:
+                    return
+            else:
+                number = yield from self.published(board)
+                if number is None:
+                    return
+            yield from self.load(keys, *key_at.step(), number)
+            for step in range(self.tiles[number]):
+                yield from self.load(rows, *at.step(), (number, step))
             yield
-        yield from self.publish(board, None)
 
 
 class Fused(ByKeys):
@@ -217,7 +227,7 @@ class Fused(ByKeys):
         self.stages = [Block() for _ in range(2)]
 
     def actors(self) -> list[Steps]:
-        return [self.producer(), self.consumer(0), self.consumer(1)]
+        return [*self.producers(), self.consumer(0), self.consumer(1)]
 
     def consumer(self, who: int) -> Steps:
         q, do, ds = At(len(self.q.full)), At(len(self.do.full)), At(2)
@@ -269,35 +279,23 @@ class Divided(ByKeys):
 
     def __init__(self, tiles: list[int]) -> None:
         super().__init__(tiles, 2, 2, sharing=1)
-        self.p = Ring(2, 1)
+        self.p = [Block() for _ in range(2)]
+        self.p_full = [Barrier(1) for _ in range(2)]
 
     def actors(self) -> list[Steps]:
-        return [self.producer(), self.values(), self.keys()]
-
-    def producer(self) -> Steps:
-        at, keys, board = At(2), At(1), At(2)
-        for number, steps in enumerate(self.tiles):
-            yield from self.publish(board, number)
-            key_slot, key_phase = keys.step()
-            yield from self.load(self.k, key_slot, key_phase, number)
-            for step in range(steps):
-                slot, phase = at.step()
-                yield from self.load(self.q, slot, phase, (number, step))
-                if step == 0:
-                    yield from self.load(self.v, key_slot, key_phase, number)
-                yield from self.load(self.do, slot, phase, (number, step))
-            yield
-        yield from self.publish(board, None)
+        return [*self.producers(), self.values(), self.keys()]
 
     def make_p(self, slot: int, phase: int, what: Any) -> Steps:
-        yield from self.p.empty[slot].wait(phase ^ 1)
-        self.p.blocks[slot].write(what)
-        self.p.full[slot].arrive()
+        del phase
+        self.p[slot].write(what)
+        self.p_full[slot].arrive()
+        yield
 
     def take_p(self, slot: int, phase: int, what: Any) -> Steps:
-        yield from self.take(self.p, slot, phase, what)
+        yield from self.p_full[slot].wait(phase)
+        self.p[slot].read(what)
         yield
-        self.give(self.p, slot)
+        self.p[slot].done()
 
     def values(self) -> Steps:
         """S and P, dV."""
@@ -352,6 +350,7 @@ class ByRows(Program):
 
     def __init__(self, tiles: list[int]) -> None:
         super().__init__(tiles)
+        self.board = Ring(2, 2)
         self.q, self.do = Ring(2, 1), Ring(2, 1)  # a slot a consumer
         self.k, self.v = Ring(2, 2), Ring(1, 2)
 
@@ -477,14 +476,22 @@ def test_the_model_finds_a_gradient_that_is_kept() -> None:
     assert HangError in outcome(lambda tiles: Keeping(tiles, 3, 2))
 
 
-def test_the_model_finds_a_p_that_is_not_waited_for() -> None:
-    class Careless(Divided):
-        def make_p(self, slot: int, phase: int, what: Any) -> Steps:
-            self.p.blocks[slot].write(what)
-            self.p.full[slot].arrive()
-            yield
+def test_the_model_finds_one_place_for_p_instead_of_two() -> None:
+    class OnePlace(Divided):
+        def __init__(self, tiles: list[int]) -> None:
+            super().__init__(tiles)
+            self.p[1] = self.p[0]
 
-    assert RaceError in outcome(Careless)
+    assert RaceError in outcome(OnePlace)
+
+
+def test_the_model_finds_a_q_that_is_released_before_p_is_read() -> None:
+    class Hasty(Divided):
+        def take_p(self, slot: int, phase: int, what: Any) -> Steps:
+            self.q.empty[slot].arrive()
+            yield from super().take_p(slot, phase, what)
+
+    assert RaceError in outcome(Hasty)
 
 
 def test_the_model_finds_keys_that_come_while_dv_leaves() -> None:

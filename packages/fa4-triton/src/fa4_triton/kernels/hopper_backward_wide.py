@@ -104,7 +104,7 @@ class KeyMemory(NamedTuple):
     v_ring: Any
     q_ring: Any
     do_ring: Any
-    p_ring: Any
+    p_full: Any  # who writes P knows by Q, of which there are as many slots, that one is free
     board: Any
 
 
@@ -115,9 +115,8 @@ def _make_p(s, memory, at, first_seeing, problem, config: gl.constexpr, MASKED: 
         s = hide(s, first_seeing, float("-inf"), config.m, False)
     negative_lse = memory.lse.index(at.slot).load(gl.SliceLayout(0, s.type.layout))
     p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(memory.k.dtype)
-    mbarrier.wait(memory.p_ring.empty.index(at.slot), at.phase ^ 1)
     memory.p.index(at.slot).store(p)
-    mbarrier.arrive(memory.p_ring.full.index(at.slot), count=1)
+    mbarrier.arrive(memory.p_full.index(at.slot), count=1)
     return p
 
 
@@ -207,9 +206,8 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
 @gluon.jit
 def _make_ds(dp, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
     """Gradients dS^T [KEYS, M], rounded. `at` is where dP came from, and P."""
-    mbarrier.wait(memory.p_ring.full.index(at.slot), at.phase)
+    mbarrier.wait(memory.p_full.index(at.slot), at.phase)
     p = memory.p.index(at.slot).load(dp.type.layout)
-    mbarrier.arrive(memory.p_ring.empty.index(at.slot), count=1)
     delta = memory.delta.index(at.slot).load(gl.SliceLayout(0, dp.type.layout))
     ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
     if MASKED:
@@ -420,7 +418,7 @@ def hopper_wide_dkdv_kernel(
         make_ring(1, 1),
         make_ring(2, 2),
         make_ring(2, 2),
-        make_ring(2, 1),
+        make_barriers(2, 1),
         make_board(3),
     )
     fence_async_shared()
