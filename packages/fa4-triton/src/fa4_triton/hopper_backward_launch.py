@@ -35,9 +35,15 @@ if TYPE_CHECKING:
 
     from fa4_triton.hopper_backward import BackwardKernel, HopperBackwardPlan, KernelPlan
 
-__all__ = ["HopperBackwardVariant", "backward_config_of", "launch_backward"]
+__all__ = [
+    "KERNELS",
+    "HopperBackwardVariant",
+    "backward_config_of",
+    "launch_backward",
+    "layout_of",
+]
 
-_KERNELS: dict[BackwardKernel, Any] = {
+KERNELS: dict[BackwardKernel, Any] = {
     "prepare": prepare_kernel,
     "fused": hopper_backward_kernel,
     "dkdv": hopper_wide_dkdv_kernel,
@@ -53,7 +59,6 @@ _OF_FLOATS = {
 """Row statistics, and the sums of dQ."""
 
 # Registers of a thread: with the producer's they fill an SM's 65536.
-LAB: dict[str, bool] = {}
 _CONSUMER_REGISTERS = 240
 _PRODUCER_REGISTERS = 24
 
@@ -66,7 +71,6 @@ def backward_config_of(constants: BackwardConstants) -> BackwardConfig | WideCon
             d=tile.d,
             causal=causal,
             tail=tail,
-            **LAB,
             consumer_registers=_CONSUMER_REGISTERS,
             producer_registers=_PRODUCER_REGISTERS,
         )
@@ -82,9 +86,14 @@ def backward_config_of(constants: BackwardConstants) -> BackwardConfig | WideCon
     )
 
 
+def layout_of(view: View) -> Any:
+    """How a block of an operand lies in shared memory."""
+    return LAYOUT if len(view.shape) == 4 else _OF_FLOATS[len(view.shape)]
+
+
 def _descriptor(tensor: Any, view: View) -> TensorDescriptor:
-    layout = LAYOUT if len(view.shape) == 4 else _OF_FLOATS[len(view.shape)]
-    return TensorDescriptor(tensor, list(view.shape), list(view.strides), list(view.block), layout)
+    shape, strides, block = map(list, view[1:])
+    return TensorDescriptor(tensor, shape, strides, block, layout_of(view))
 
 
 @lru_cache(maxsize=8192)
@@ -108,7 +117,7 @@ class HopperBackwardVariant:
 
     def __init__(self, plan: KernelPlan, dtype: torch.dtype) -> None:
         """Compile nothing yet. `plan` is one of those that this kernel serves."""
-        self._kernel = _KERNELS[plan.kernel]
+        self._kernel = KERNELS[plan.kernel]
         self._plan = plan
         self._constants = tuple(
             backward_config_of(constant) if isinstance(constant, BackwardConstants) else constant

@@ -6,8 +6,8 @@ half the columns. So dQ has a kernel of its own, and gradients are the same bits
 
 dK and dV: one consumer computes P^T and dV += P^T dO, the other dP^T, dS^T and dK += dS^T Q. Only P
 goes from the one to the other. dQ: each consumer has 64 query rows, S = Q K^T, dP = dO V^T and
-dQ += dS K. In both, the score products of the next block are issued before the gradient's product
-of this one, under which runs what is between them. None is under way where the loop turns.
+dQ += dS K. S of the next block is issued before dV or dQ of this one, under which P is made. No
+product is under way where the loop turns.
 """
 
 from __future__ import annotations
@@ -71,8 +71,6 @@ class WideConfig:
     tail: bool
     consumer_registers: int
     producer_registers: int
-    early: bool = True
-    late: bool = False
 
     @property
     def m(self) -> int:
@@ -216,33 +214,13 @@ def _make_ds(dp, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.cons
 
 
 @gluon.jit
-def _key_step(ds, dk, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
-    """Of the block of queries at `at`, dK from dS^T; of the next, dS^T."""
-    M: gl.constexpr = config.m
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    before = at
-    slot, phase = following(at.slot, at.phase, 2)
-    at = At(slot, phase)
-    mbarrier.wait(memory.do_ring.full.index(slot), phase)
-    dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(slot), s_layout, M)
-    mbarrier.wait(memory.q_ring.full.index(before.slot), before.phase)
-    dk = warpgroup_mma(ds, memory.q.index(before.slot), dk, is_async=True)
-    if config.early:
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-        next_ds = _make_ds(dp, memory, at, first_seeing, config, MASKED)
-        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
-        dk = warpgroup_mma_wait(0, deps=(dk,))
-        mbarrier.arrive(memory.q_ring.empty.index(before.slot), count=1)
-    else:
-        dp, dk = warpgroup_mma_wait(0, deps=(dp, dk))
-        mbarrier.arrive(memory.q_ring.empty.index(before.slot), count=1)
-        next_ds = _make_ds(dp, memory, at, first_seeing, config, MASKED)
-        mbarrier.arrive(memory.do_ring.empty.index(slot), count=1)
-    return gl.convert_layout(kept(next_ds), ds.type.layout), dk, at
+def _key_step(dk, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
+    """Of the block of queries at `at`, dS^T and dK.
 
-
-@gluon.jit
-def _late_key_step(dk, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
+    No product of another block runs beside: the other consumer's do, and Q is wanted back for the
+    block after the next. With dP^T of the next block issued before dK, as with S^T there, the whole
+    backward took a quarter longer.
+    """
     M: gl.constexpr = config.m
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, config.d, 16])
@@ -262,43 +240,6 @@ def _late_key_step(dk, memory, at, first_seeing, config: gl.constexpr, MASKED: g
 
 
 @gluon.jit
-def _late_key_consumer(dk_desc, memory, problem, config: gl.constexpr):
-    """The gradient dK of every tile of this program."""
-    M: gl.constexpr = config.m
-    N: gl.constexpr = config.n
-    D: gl.constexpr = config.d
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    key_phase = 0
-    at = At(0, 0)
-    board_slot = 0
-    board_phase = 0
-    block, batch, head_kv = published(memory.board, board_slot, board_phase)
-    while block >= 0:
-        key = block * N
-        first_row = rows_seeing(key, problem, M, config.causal)
-        seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
-        dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
-        mbarrier.wait(memory.v_ring.full.index(0), key_phase)
-        for _ in range(problem.group):
-            row = first_row
-            if config.masks:
-                end = gl.minimum(clean_row, problem.queries)
-                for masked_row in range(row, end, M):
-                    dk, at = _late_key_step(dk, memory, at, seeing - masked_row, config, True)
-                row = gl.maximum(row, end)
-            for _ in range(row, problem.queries, M):
-                dk, at = _late_key_step(dk, memory, at, 0, config, False)
-        # Nobody else reads V.
-        v_block = memory.v.index(0)
-        _store_gradient(dk_desc, dk, problem.scale, v_block, batch, head_kv, key, config)
-        mbarrier.arrive(memory.v_ring.empty.index(0), count=1)
-        key_phase ^= 1
-        board_slot, board_phase = following(board_slot, board_phase, 2)
-        block, batch, head_kv = published(memory.board, board_slot, board_phase)
-
-
-@gluon.jit
 def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
     """The gradient dK of every tile of this program."""
     M: gl.constexpr = config.m
@@ -306,7 +247,6 @@ def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
     D: gl.constexpr = config.d
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     key_phase = 0
     at = At(0, 0)
     board_slot = 0
@@ -318,28 +258,15 @@ def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
         seeing, clean_row = seeing_of(key, key + N, problem, gl.SliceLayout(1, s_layout), config)
         dk = gl.zeros([KEYS, D], gl.float32, grad_layout)
         mbarrier.wait(memory.v_ring.full.index(0), key_phase)
-        mbarrier.wait(memory.do_ring.full.index(at.slot), at.phase)
-        dp = issue_scores(memory.v.index(opaque(0)), memory.do.index(at.slot), s_layout, M)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        ds = _make_ds(dp, memory, at, seeing - first_row, config, config.masks)
-        ds = gl.convert_layout(kept(ds), left)
-        mbarrier.arrive(memory.do_ring.empty.index(at.slot), count=1)
-        row = first_row + M
         for _ in range(problem.group):
+            row = first_row
             if config.masks:
                 end = gl.minimum(clean_row, problem.queries)
                 for masked_row in range(row, end, M):
-                    ds, dk, at = _key_step(ds, dk, memory, at, seeing - masked_row, config, True)
+                    dk, at = _key_step(dk, memory, at, seeing - masked_row, config, True)
                 row = gl.maximum(row, end)
             for _ in range(row, problem.queries, M):
-                ds, dk, at = _key_step(ds, dk, memory, at, 0, config, False)
-            row = first_row
-        mbarrier.wait(memory.q_ring.full.index(at.slot), at.phase)
-        dk = warpgroup_mma(ds, memory.q.index(at.slot), dk, is_async=True)
-        dk = warpgroup_mma_wait(0, deps=(dk,))
-        mbarrier.arrive(memory.q_ring.empty.index(at.slot), count=1)
-        slot, phase = following(at.slot, at.phase, 2)
-        at = At(slot, phase)
+                dk, at = _key_step(dk, memory, at, 0, config, False)
         # Nobody else reads V.
         v_block = memory.v.index(0)
         _store_gradient(dk_desc, dk, problem.scale, v_block, batch, head_kv, key, config)
@@ -430,10 +357,7 @@ def hopper_wide_dkdv_kernel(
     gl.warp_specialize(
         [
             (_value_consumer, (dv_desc, memory, problem, config)),
-            (
-                _late_key_consumer if config.late else _key_consumer,
-                (dk_desc, memory, problem, config),
-            ),
+            (_key_consumer, (dk_desc, memory, problem, config)),
             (
                 produce,
                 (
