@@ -61,7 +61,7 @@ class Record:
     spilled_bytes: int  # a thread, stored or loaded, whichever is more
     shared_bytes: int  # a program
     advisories: tuple[str, ...]  # ptxas's codes C7500 to C7599: matrix products serialised
-    loops: tuple[Loop, ...]  # over blocks
+    loops: tuple[Loop, ...]  # that multiply, over blocks and over tiles
     register_operands: int  # products whose left operand is in registers
     hazards: tuple[str, ...]  # instructions that overwrite such an operand under way
 
@@ -146,8 +146,7 @@ def compile_case(case: Case) -> Record:
         spilled_bytes=max(map(int, spills.groups())),
         shared_bytes=compiled.metadata.shared,
         advisories=tuple(sorted(set(re.findall(r"\bC75\d\d\b", report)))),
-        # Loops over tiles have more waits for all products: the last block's.
-        loops=tuple(loop for loop in product_loops(code) if loop.order.count("WAIT 0") == 1),
+        loops=tuple(product_loops(code)),
         register_operands=operands,
         hazards=tuple(hazards),
     )
