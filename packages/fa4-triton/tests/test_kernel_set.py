@@ -54,9 +54,9 @@ def test_lse_of_empty_rows_is_what_the_op_asks(inputs: Any, value: float) -> Non
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
 def test_repeats_give_the_same_bits(inputs: Any, run: Any, heads: tuple[int, int]) -> None:
     given = inputs(lengths=(70, 130), heads=heads)
-    first = run(given, causal=True)
+    first = run(given, causal=True, deterministic=True)
     for _ in range(3):
-        again = run(given, causal=True)
+        again = run(given, causal=True, deterministic=True)
         for name in ("out", "lse", "dq", "dk", "dv"):
             assert torch.equal(getattr(first, name), getattr(again, name)), name
 
@@ -65,10 +65,12 @@ def test_memory_of_these_tests_is_nan_until_written(
     inputs: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the tests above would not see an element that nobody wrote."""
+    from fa4_triton.hopper_backward_launch import HopperBackwardVariant
     from fa4_triton.hopper_launch import HopperForward
     from fa4_triton.launch import Variant
 
     monkeypatch.setattr(Variant, "launch", lambda *_: None)
+    monkeypatch.setattr(HopperBackwardVariant, "launch", lambda *_: None)
     monkeypatch.setattr(HopperForward, "launch", lambda *_: None)
     result = run(inputs())
     for name in ("out", "lse", "dq", "dk", "dv"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
+from fa4_triton.hopper_backward import BackwardTile, tile_of
 from fa4_triton.plan import Device, Request, Strides, section_of, sizes_of
 from fa4_triton.tiles import Architecture
 
@@ -74,6 +75,7 @@ class Situation(NamedTuple):
     direction: Direction
     varlen: bool
     asked: Asked = "fastest"
+    deterministic: bool = False  # backward: gradients are to repeat bit for bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +114,17 @@ class Choice:
     """Which kernel serves a situation.
 
     Attributes:
-        tiles: (most query rows of a sequence, tile), the shortest first; empty: the portable
-            kernel serves.
-        worth: Smaller calls go to the portable kernel all the same.
+        tiles: (most query rows of a sequence, tile) of the forward, the shortest first; empty: the
+            portable kernel serves.
+        worth: Smaller forwards go to the portable kernel all the same.
         reason: Why the portable one does; None if the Hopper one does.
+        backward: The tile of the backward, where that is asked for.
     """
 
     tiles: tuple[tuple[int, HopperTile], ...]
     worth: Worth
     reason: str | None
+    backward: BackwardTile | None = None
 
     def tile(self, seq_len_q: int) -> HopperTile:
         """The tile for sequences of so many query rows."""
@@ -203,14 +207,34 @@ _FORWARD: dict[tuple[int, int, Mask], tuple[tuple[tuple[int, HopperTile], ...], 
 def choose(situation: Situation) -> Choice:
     """The kernel for a situation."""
     reason = _why_portable(situation)
+    if reason is None and situation.direction == "backward":
+        return _choose_backward(situation)
     if reason is None:
         for (narrowest, widest, mask), (tiles, worth) in _FORWARD.items():
             if narrowest <= situation.head_dim <= widest and mask == situation.mask:
                 if situation.varlen:  # tiles of sequences of different lengths cannot be dealt
                     tiles = tuple((rows, replace(tile, drawn=True)) for rows, tile in tiles)
                 return Choice(tiles, worth, None)
-        reason = f"head_dim {situation.head_dim} would be padded to more than half as much again"
+        reason = _why_padding(situation.head_dim)
     return Choice((), ALWAYS, reason)
+
+
+def _choose_backward(situation: Situation) -> Choice:
+    tile = tile_of(situation.head_dim)
+    reason = None
+    if situation.varlen:
+        reason = "packed sequences"
+    elif situation.mask == "window":
+        reason = "a window"
+    elif tile is None:
+        reason = _why_padding(situation.head_dim)
+    elif situation.deterministic and not tile.own_dq:
+        reason = "deterministic gradients: the Hopper kernel adds to dQ in any order"
+    return Choice((), ALWAYS, reason, tile if reason is None else None)
+
+
+def _why_padding(head_dim: int) -> str:
+    return f"head_dim {head_dim} would be padded to more than half as much again"
 
 
 def _why_portable(situation: Situation) -> str | None:
@@ -221,8 +245,6 @@ def _why_portable(situation: Situation) -> str | None:
         return untested
     if situation.asked == "portable":
         return f"{KERNELS} asks for it"
-    if situation.direction == "backward":
-        return "the backward is the portable one"
     return None
 
 
@@ -260,6 +282,7 @@ def situation_of(
     triton: str,
     gluon: str | None,
     asked: Asked,
+    deterministic: bool = False,
 ) -> Situation:
     """The situation of a request."""
     return Situation(
@@ -272,6 +295,7 @@ def situation_of(
         direction,
         request.packed is not None,
         asked,
+        deterministic,
     )
 
 

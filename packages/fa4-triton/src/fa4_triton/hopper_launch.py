@@ -50,7 +50,7 @@ def config_of(tile: HopperTile, mask: Mask, varlen: bool, tail: bool) -> Config:
     )
 
 
-class _Address:
+class Address:
     """A base of a `TensorDescriptor` that is no tensor: an address is all that is encoded of it."""
 
     __slots__ = ("_pointer", "dtype")
@@ -77,7 +77,7 @@ def _encoded(
     allocator gives the same few addresses again and again.
     """
     view = plan.tensors[number]
-    descriptor = _descriptor(_Address(pointer, variant.dtype), view)
+    descriptor = _descriptor(Address(pointer, variant.dtype), view)
     return tuple(make_tensordesc_arg(descriptor, variant.descriptions[number]))
 
 
@@ -174,7 +174,7 @@ class HopperForward:
         Returns:
             Triton's `CompiledKernel`, or inside of its `AsyncCompileMode` a `FutureKernel`.
         """
-        anywhere = _Address(0, self.dtype)
+        anywhere = Address(0, self.dtype)
         shape, strides = (
             (1, 1, 64, self._config.d),
             (64 * self._config.d,) * 2 + (self._config.d, 1),

@@ -22,6 +22,11 @@ from fa4_triton.hopper import (
     why_no_gluon,
     why_not_this_call,
 )
+from fa4_triton.hopper_backward import (
+    KernelPlan,
+    plan_hopper_backward,
+    why_not_this_backward,
+)
 from fa4_triton.kernels.backward import dkdv_kernel, dq_kernel
 from fa4_triton.kernels.forward import forward_kernel
 from fa4_triton.launch import Variant
@@ -50,7 +55,7 @@ CAPABILITIES = Capabilities(
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     head_dims=range(8, 257, 8),
     features=frozenset({"backward", "causal", "gqa", "varlen", "window"}),
-    deterministic="always",
+    deterministic="on_request",
     min_compute_capability=None if interpreter.INTERPRETED else (8, 0),
 )
 """What the kernels serve."""
@@ -172,6 +177,59 @@ def _forward_of(
     return _Forward(variant, programs, scalars, counted)
 
 
+_hopper_backward_variants: dict[Any, Any] = {}
+
+
+def _hopper_backward_variant(kernel: KernelPlan, dtype: torch.dtype) -> Any:
+    """The compiled kernel that serves a plan; plans with the same constants share it."""
+    from fa4_triton.hopper_backward_launch import HopperBackwardVariant
+
+    key = (kernel.kernel, kernel.constants, dtype)
+    # Of two threads that come here at once both get the same one.
+    return _hopper_backward_variants.setdefault(key, HopperBackwardVariant(kernel, dtype))
+
+
+class _Backward(NamedTuple):
+    """How the Hopper kernels serve a backward, or why they do not."""
+
+    plan: Any
+    variants: tuple[Any, ...]
+    reason: str | None
+
+
+@lru_cache(maxsize=4096)
+def _backward_of(
+    device_index: int,
+    dtype: torch.dtype,
+    request: Request,
+    strides: tuple[Strides, ...],
+    alignment: int,
+    small_scale: bool,
+    deterministic: bool,
+) -> _Backward | None:
+    """The Hopper backward of a request; None where there is no choice."""
+    device = _device(device_index)
+    if device.architecture != "hopper":
+        return None
+    situation = situation_of(
+        request,
+        device,
+        "fp16" if dtype == torch.float16 else "bf16",
+        "backward",
+        triton=triton.__version__,
+        gluon=why_no_gluon(),
+        asked=ASKED,
+        deterministic=deterministic,
+    )
+    choice = choose(situation)
+    reason = choice.reason or why_not_this_backward(request, strides, alignment, small_scale)
+    if reason is not None or choice.backward is None:
+        return _Backward(None, (), reason)
+    plan = plan_hopper_backward(device, request, strides, choice.backward)
+    variants = tuple(_hopper_backward_variant(kernel, dtype) for kernel in plan.kernels)
+    return _Backward(plan, variants, None)
+
+
 @lru_cache(maxsize=4096)
 def _launch_of(
     kernel: Kernel,
@@ -222,6 +280,44 @@ def _launch(
     variant.launch(device_index, programs, tensors, pointers, floats + ints)
 
 
+def _launch_hopper_backward(
+    call: AttentionCall,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    deterministic: bool,
+) -> bool:
+    """Launch the Hopper backward of `call` if it is chosen; whether it was."""
+    operands = (call.query, call.key, call.value, grad_out, out, *grads)
+    device_index = call.query.get_device()
+    chosen = _backward_of(
+        device_index,
+        call.query.dtype,
+        request_of(call),
+        tuple([tensor.stride() for tensor in operands]),
+        _alignment([tensor.data_ptr() for tensor in operands]),
+        not call.scale > SMALLEST_SCALE,
+        deterministic,
+    )
+    if chosen is None:
+        return False
+    if chosen.reason is not None:
+        count_kernel(f"fa4-triton's portable backward: {chosen.reason}")
+        return False
+    count_kernel("fa4-triton's Hopper backward")
+    from fa4_triton.hopper_backward_launch import launch_backward
+
+    launch_backward(
+        device_index,
+        chosen.plan,
+        chosen.variants,
+        (*operands[:5], lse, *grads),
+        (call.scale, call.scale * _LOG2_E),
+    )
+    return True
+
+
 def variants_of(
     direction: Direction, device_index: int, dtype: torch.dtype, request: Request
 ) -> list[Any]:
@@ -230,6 +326,10 @@ def variants_of(
     if direction == "forward":
         strides = (like_q, like_k, like_k, like_q)
         return [_forward_of(device_index, dtype, request, strides, 0b1111, "positive").variant]
+    eight = (*(like_q, like_k, like_k), *(like_q,) * 3, *(like_k,) * 2)
+    chosen = _backward_of(device_index, dtype, request, eight, 0xFF, False, False)
+    if chosen is not None and chosen.reason is None:
+        return list(chosen.variants)
     head_dim = request.query_shape[-1]
     arch = _device(device_index).architecture
     tensors: dict[Kernel, tuple[Strides, ...]] = {"dq": (like_q, like_k, like_k, *(like_q,) * 3)}
@@ -368,21 +468,32 @@ class TritonKernels:
         )
 
     def backward(
-        self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor
+        self,
+        call: AttentionCall,
+        grad_out: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of one call; the same bits every time.
+        """Gradients of one call.
 
         Args:
             call: As in the forward.
             grad_out: Like `call.query`.
             out: Like `call.query`, what the forward gave.
             lse: Contiguous fp32, what the forward gave.
+            deterministic: Whether the gradients are to repeat bit for bit. They do as well under
+                `torch.use_deterministic_algorithms(True)`, and everywhere but on Hopper.
 
         Returns:
             Gradients of query, key and value, each like its tensor.
         """
         query, key, value = call.query, call.key, call.value
         dq, dk, dv = empty_like(query), empty_like(key), empty_like(value)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        grads = (dq, dk, dv)
+        if _launch_hopper_backward(call, grad_out, out, lse, grads, deterministic):
+            return grads
         delta = empty_row_stats(query)
         scale = (call.scale,)
         _launch("dq", call, (query, key, value, grad_out, out, dq), (lse, delta), scale)

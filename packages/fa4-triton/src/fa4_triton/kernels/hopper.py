@@ -152,8 +152,8 @@ def make_board(CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def publish(board, slot, phase, block, batch, head, sequence, VARLEN: gl.constexpr):
-    """Write where the next tile lies. Called by one warp."""
+def publish(board, slot, phase, block, batch, head, sequence=None, VARLEN: gl.constexpr = False):
+    """Write where the next tile lies, and with VARLEN the `Sequence`. Called by one warp."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     zero = gl.full([1], 0, gl.int32, layout)
     mbarrier.wait(board.ring.empty.index(slot), phase ^ 1)
@@ -169,19 +169,19 @@ def publish(board, slot, phase, block, batch, head, sequence, VARLEN: gl.constex
 
 
 @gluon.jit
-def _word(words, index):
-    """A number on the board. Called by one warp group."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+def _word(words, index, WARPS: gl.constexpr = 4):
+    """A number on the board. Called by as many warps as there are."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return gl.max(words.index(index).load(layout), 0)
 
 
 @gluon.jit
-def published(board, slot, phase):
-    """(block, batch, head) of the next tile. Called by one warp group."""
+def published(board, slot, phase, WARPS: gl.constexpr = 4):
+    """(block, batch, head) of the next tile. Called by as many warps as there are."""
     mbarrier.wait(board.ring.full.index(slot), phase)
-    block = _word(board.block, slot)
-    batch = _word(board.batch, slot)
-    head = _word(board.head, slot)
+    block = _word(board.block, slot, WARPS)
+    batch = _word(board.batch, slot, WARPS)
+    head = _word(board.head, slot, WARPS)
     mbarrier.arrive(board.ring.empty.index(slot), count=1)
     return block, batch, head
 

@@ -209,7 +209,7 @@ def _producer(
             tile = draw(counter, grid)
         else:
             tile += gl.num_programs(0)
-    publish(memory.board, board_slot, board_phase, -1, 0, 0, sequence, False)
+    publish(memory.board, board_slot, board_phase, -1, 0, 0)
 
 
 @gluon.jit
