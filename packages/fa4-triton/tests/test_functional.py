@@ -215,7 +215,7 @@ def test_operator_says_its_own_shapes_and_derivative(inputs: Make, packed: bool)
     )
     rest = packed_arguments(given) if packed else (None, None, 0, 0)
     torch.library.opcheck(
-        attention, (*given.requiring_grad(), *rest, 0.125, False, 5, 3), rtol=0, atol=0
+        attention, (*given.requiring_grad(), *rest, 0.125, False, 5, 3, False), rtol=0, atol=0
     )
 
 

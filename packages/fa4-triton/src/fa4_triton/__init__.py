@@ -6,21 +6,26 @@ Installed, it is one implementation of the flash-attention registry, activated b
 
     registry.activate_flash_attention_impl("fa4-triton")
 
-`flash_attn_func` and `flash_attn_varlen_func` call the kernels directly. Importing this module
-loads neither torch nor Triton: they come with the first use.
+`flash_attn_func` and `flash_attn_varlen_func` call the kernels directly, and `warmup` compiles them
+ahead. Importing this module loads neither torch nor Triton: they come with the first use.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from fa4_triton.ahead import warmup
     from fa4_triton.functional import flash_attn_func, flash_attn_varlen_func
 
     __version__: str
 
-__all__ = ["__version__", "flash_attn_func", "flash_attn_varlen_func", "register"]
+__all__ = ["__version__", "flash_attn_func", "flash_attn_varlen_func", "register", "warmup"]
 
-_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+_FUNCTIONS = {
+    "flash_attn_func": "fa4_triton.functional",
+    "flash_attn_varlen_func": "fa4_triton.functional",
+    "warmup": "fa4_triton.ahead",
+}
 
 
 def register() -> None:
@@ -46,9 +51,9 @@ def __getattr__(name: str) -> object:
 
         value = version("fa4-triton")
     elif name in _FUNCTIONS:
-        from fa4_triton import functional
+        from importlib import import_module
 
-        value = getattr(functional, name)
+        value = getattr(import_module(_FUNCTIONS[name]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

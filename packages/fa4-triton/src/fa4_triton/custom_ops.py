@@ -37,8 +37,11 @@ def attention(
     causal: bool,
     window_left: int | None,
     window_right: int | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one call whose arguments are those of `AttentionCall`.
+
+    `deterministic` says whether its gradients are to repeat bit for bit; its results do anyway.
 
     Returns:
         out: Like `query`; 0 in rows that see no key.
@@ -82,6 +85,7 @@ def attention_backward(
     causal: bool,
     window_left: int | None,
     window_right: int | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each like its tensor, from what `attention` returned."""
     call = _served_call(
@@ -100,7 +104,8 @@ def attention_backward(
     if _is_empty(call):
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     with torch.cuda.device_of(query):
-        return _kernels.backward(call, with_unit_stride(grad_out), with_unit_stride(out), lse)
+        grad_out, out = with_unit_stride(grad_out), with_unit_stride(out)
+        return _kernels.backward(call, grad_out, out, lse, deterministic)
 
 
 def _served_call(

@@ -51,7 +51,8 @@ def flash_attn_func(
         window_size: (left, right): keys seen before and after the diagonal, -1 for all.
         softcap: Must be 0.
         alibi_slopes: Must be None.
-        deterministic: May be either: the gradients repeat bit for bit in any case.
+        deterministic: Whether the gradients are to repeat bit for bit, which is slower on Hopper.
+            They do as well under `torch.use_deterministic_algorithms(True)`; out and lse always do.
         return_attn_probs: Whether to return lse too.
 
     Returns:
@@ -67,7 +68,8 @@ def flash_attn_func(
     check_dense(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
-    out, lse = attention(q, k, v, None, None, 0, 0, scale, *mask_of(causal, window_size))
+    mask = mask_of(causal, window_size)
+    out, lse = attention(q, k, v, None, None, 0, 0, scale, *mask, deterministic)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -109,7 +111,7 @@ def flash_attn_varlen_func(
         window_size: (left, right): keys seen before and after the diagonal, -1 for all.
         softcap: Must be 0.
         alibi_slopes: Must be None.
-        deterministic: May be either.
+        deterministic: Whether the gradients are to repeat bit for bit.
         return_attn_probs: Whether to return lse too.
         block_table: Must be None.
 
@@ -135,5 +137,6 @@ def flash_attn_varlen_func(
         max_seqlen_k,
         scale,
         *mask_of(causal, window_size),
+        deterministic,
     )
     return (out, lse, None) if return_attn_probs else out

@@ -5,21 +5,23 @@ Nothing here is imported where the Hopper kernels are not chosen: Gluon may be m
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+from fa4_triton.hopper import Tensor4
 from fa4_triton.kernels.hopper_forward import Config, hopper_forward_kernel
-from fa4_triton.launch import DIRECT_LAUNCH
+from fa4_triton.launch import Launcher, launcher_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa4_triton.hopper import HopperPlan, HopperTile
+    from fa4_triton.hopper import HopperPlan, HopperTile, Mask
 
 __all__ = ["HopperForward", "config_of"]
 
@@ -29,7 +31,7 @@ LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 
-def config_of(tile: HopperTile, causal: bool, tail: bool) -> Config:
+def config_of(tile: HopperTile, mask: Mask, varlen: bool, tail: bool) -> Config:
     """What the kernel is compiled for."""
     consumer_registers, producer_registers = _REGISTERS[tile.m // 64]
     return Config(
@@ -37,7 +39,9 @@ def config_of(tile: HopperTile, causal: bool, tail: bool) -> Config:
         n=tile.n,
         d=tile.d,
         stages=tile.stages,
-        causal=causal,
+        causal=mask == "causal",
+        window=mask == "window",
+        varlen=varlen,
         tail=tail,
         drawn=tile.drawn,
         own_o=tile.own_o,
@@ -46,24 +50,35 @@ def config_of(tile: HopperTile, causal: bool, tail: bool) -> Config:
     )
 
 
-class _Descriptor:
-    """What Triton's launcher reads of a `TensorDescriptor`, which checks itself anew each time."""
+class Address:
+    """A base of a `TensorDescriptor` that is no tensor: an address is all that is encoded of it."""
 
-    __slots__ = ("_pointer", "shape", "strides")
+    __slots__ = ("_pointer", "dtype")
 
-    padding = "zero"
-
-    def __init__(self, pointer: int, shape: list[int], strides: list[int]) -> None:
+    def __init__(self, pointer: int, dtype: torch.dtype) -> None:
         self._pointer = pointer
-        self.shape = shape
-        self.strides = strides
-
-    @property
-    def base(self) -> _Descriptor:
-        return self
+        self.dtype = dtype
 
     def data_ptr(self) -> int:
         return self._pointer
+
+
+def _descriptor(tensor: Any, view: Tensor4) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(view.shape), list(view.strides), list(view.block), LAYOUT)
+
+
+@lru_cache(maxsize=4096)
+def _encoded(
+    variant: HopperForward, plan: HopperPlan, number: int, pointer: int
+) -> tuple[Any, ...]:
+    """What the C function takes of tensor `number`: its tensor map, sizes and strides.
+
+    A tensor map holds nothing but what the arguments say, so it never goes out of date. Torch's
+    allocator gives the same few addresses again and again.
+    """
+    view = plan.tensors[number]
+    descriptor = _descriptor(Address(pointer, variant.dtype), view)
+    return tuple(make_tensordesc_arg(descriptor, variant.descriptions[number]))
 
 
 @cache
@@ -85,21 +100,27 @@ def _counter(device: int, stream: int) -> Tensor:
 
 
 class HopperForward:
-    """The forward for one configuration and dtype, compiled once per device."""
+    """The forward for one configuration and dtype, compiled once per device.
 
-    __slots__ = ("_config", "_drawn", "_launchers")
+    Attributes:
+        dtype: Of query, key, value and out.
+        descriptions: How Triton encodes each descriptor, once a device has a launcher.
+    """
 
-    def __init__(self, config: Config) -> None:
+    __slots__ = ("_config", "_launchers", "descriptions", "dtype")
+
+    def __init__(self, config: Config, dtype: torch.dtype) -> None:
         """Compile nothing yet."""
         self._config = config
-        self._drawn = config.drawn
-        self._launchers: dict[int, tuple[Any, Any, Any]] = {}
+        self.dtype = dtype
+        self.descriptions: list[Any] = []
+        self._launchers: dict[int, Launcher] = {}
 
     def launch(
         self,
         device: int,
         plan: HopperPlan,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Any, ...],
         pointers: list[int],
         floats: tuple[float, ...],
     ) -> None:
@@ -108,56 +129,78 @@ class HopperForward:
         Args:
             device: Index.
             plan: How.
-            tensors: Query, key, value, out and lse.
-            pointers: Their addresses.
+            tensors: Query, key, value, out, lse and the offsets of packed sequences, or None.
+            pointers: Their addresses; 0 for None.
             floats: |scale| * log2(e), and lse of rows without keys.
         """
         stream = driver.active.get_current_stream(device)
-        lse = pointers[4]
-        # Where tiles are dealt no counter is read: any address will do.
-        counter = _counter(device, stream) if self._drawn else tensors[4]
+        # What is not read may have any address: the counter of tiles that are dealt, and the
+        # offsets of a dense batch.
+        counter = _counter(device, stream) if self._config.drawn else tensors[4]
         known = self._launchers.get(device)
         if known is not None:
-            run, function, metadata = known
-            run(
+            known.launch(
                 plan.programs,
                 1,
                 1,
                 stream,
-                function,
-                metadata,
-                None,
-                None,
-                None,
-                *(
-                    _Descriptor(pointer, tensor.shape, tensor.strides)
-                    for pointer, tensor in zip(pointers, plan.tensors, strict=False)
-                ),
-                *pointers[:3],
-                lse,
+                *known.fixed,
+                *_encoded(self, plan, 0, pointers[0]),
+                *_encoded(self, plan, 1, pointers[1]),
+                *_encoded(self, plan, 2, pointers[2]),
+                *_encoded(self, plan, 3, pointers[3]),
+                *pointers,
                 counter.data_ptr(),
                 *floats,
                 *plan.scalars,
                 self._config,
             )
             return
-        descriptors = (
-            TensorDescriptor(tensor, view.shape, view.strides, view.block, LAYOUT)
-            for tensor, view in zip(tensors, plan.tensors, strict=False)
-        )
+        unused = tensors[4].view(torch.int32)
         compiled = hopper_forward_kernel[(plan.programs,)](
-            *descriptors,
-            *tensors[:3],
-            tensors[4],
+            *map(_descriptor, tensors[:4], plan.tensors),
+            *(unused if tensor is None else tensor for tensor in tensors),
             counter.view(torch.int32),
             *floats,
             *plan.scalars,
             self._config,
             num_warps=4,
         )
-        if DIRECT_LAUNCH:
-            self._launchers[device] = (
-                compiled.run,
-                compiled.function,
-                compiled.packed_metadata,
-            )
+        self.keep(device, compiled)
+
+    def compile(self) -> Any:
+        """Compile for the current device.
+
+        Returns:
+            Triton's `CompiledKernel`, or inside of its `AsyncCompileMode` a `FutureKernel`.
+        """
+        anywhere = Address(0, self.dtype)
+        shape, strides = (
+            (1, 1, 64, self._config.d),
+            (64 * self._config.d,) * 2 + (self._config.d, 1),
+        )
+        rows, keys = (
+            _descriptor(anywhere, Tensor4(shape, strides, (1, 1, count, self._config.d)))
+            for count in (64, self._config.n)
+        )
+        names = hopper_forward_kernel.arg_names
+        ints = len(names) - names.index("heads") - 1  # between the floats and the configuration
+        return hopper_forward_kernel.warmup(
+            *(rows, keys, keys, rows),
+            *(self.dtype,) * 4,
+            torch.float32,
+            *(torch.int32,) * 3,
+            0.0,
+            0.0,
+            *(0,) * ints,
+            self._config,
+            grid=(1,),
+            num_warps=4,
+        )
+
+    def keep(self, device: int, compiled: Any) -> None:
+        """Launch `compiled` from now on, on `device`, which is current."""
+        launcher = launcher_of(compiled)
+        if launcher is not None:
+            self.descriptions = compiled.metadata.tensordesc_meta
+            self._launchers[device] = launcher

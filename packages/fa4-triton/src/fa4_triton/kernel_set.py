@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from fa4_triton import interpreter
 from fa4_triton.hopper import (
     SMALLEST_SCALE,
-    HopperPlan,
+    Direction,
+    Scale,
+    asked_for,
     choose,
     plan_hopper_forward,
     situation_of,
     why_no_gluon,
     why_not_this_call,
+)
+from fa4_triton.hopper_backward import (
+    KernelPlan,
+    plan_hopper_backward,
+    why_not_this_backward,
 )
 from fa4_triton.kernels.backward import dkdv_kernel, dq_kernel
 from fa4_triton.kernels.forward import forward_kernel
@@ -30,16 +38,15 @@ from fa4_triton.plan import (
     plan_key_gradients,
     plan_queries,
     request_of,
+    sizes_of,
 )
 from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
-from flash_attention_registry.sdpa import Capabilities, count_kernel
+from flash_attention_registry.sdpa import AttentionCall, Capabilities, count_kernel
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["ASKED", "CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats", "variants_of"]
 
-    from flash_attention_registry.sdpa import AttentionCall
-
-__all__ = ["CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats"]
+ASKED = asked_for()
+"""Which kernels the environment asks for; settled when this module is imported."""
 
 _LOG2_E = math.log2(math.e)
 
@@ -48,7 +55,7 @@ CAPABILITIES = Capabilities(
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     head_dims=range(8, 257, 8),
     features=frozenset({"backward", "causal", "gqa", "varlen", "window"}),
-    deterministic="always",
+    deterministic="on_request",
     min_compute_capability=None if interpreter.INTERPRETED else (8, 0),
 )
 """What the kernels serve."""
@@ -77,46 +84,150 @@ def _device(index: int) -> Device:
 
 @cache
 def _variant(kernel: Kernel, tile: Tile, constants: Constants, dtype: torch.dtype) -> Variant:
-    del dtype  # part of what is compiled, which Triton reads off the tensors
-    return Variant(_KERNELS[kernel], tile, constants)
+    return Variant(_KERNELS[kernel], tile, constants, dtype)
 
 
 @cache
 def _hopper_variant(config: Any, dtype: torch.dtype) -> Any:
     from fa4_triton.hopper_launch import HopperForward
 
-    del dtype  # part of what is compiled, which Triton reads off the tensors
-    return HopperForward(config)
+    return HopperForward(config, dtype)
+
+
+class _Forward(NamedTuple):
+    """How calls of one kind are served.
+
+    Attributes:
+        variant: The compiled kernel.
+        plan: How it is launched.
+        scalars: The portable kernel's int arguments.
+        counted: What `count_kernel` is told; None where there is no choice.
+    """
+
+    variant: Any
+    plan: Any
+    scalars: tuple[int, ...]
+    counted: str | None
+
+    def launch(
+        self,
+        device_index: int,
+        tensors: tuple[Tensor | None, ...],
+        pointers: list[int],
+        scale: float,
+        lse_of_empty_rows: float,
+    ) -> None:
+        """Launch with query, key, value, out, lse and the offsets of packed sequences, or None."""
+        if self.counted is not None:
+            count_kernel(self.counted)
+        floats = (abs(scale) * _LOG2_E, lse_of_empty_rows, *self.scalars)
+        self.variant.launch(device_index, self.plan, tensors, pointers, floats)
+
+
+def _kind_of(scale: float) -> Scale:
+    if scale > SMALLEST_SCALE:
+        return "positive"
+    return "negative" if scale < 0 else "small"
+
+
+_looks: dict[tuple[object, ...], _Forward | str] = {}
+"""What serves calls of `forward_heads_first`, or why not, by all that decides it."""
+
+_MOST_LOOKS = 4096
 
 
 @lru_cache(maxsize=4096)
-def _hopper_forward_of(
+def _forward_of(
+    device_index: int,
+    dtype: torch.dtype,
+    request: Request,
+    strides: tuple[Strides, ...],
+    alignment: int,
+    scale: Scale,
+) -> _Forward:
+    """The forward that serves a request: Hopper's own, or the portable one for a reason."""
+    device = _device(device_index)
+    counted = None
+    if device.architecture == "hopper":
+        situation = situation_of(
+            request,
+            device,
+            "fp16" if dtype == torch.float16 else "bf16",
+            "forward",
+            triton=triton.__version__,
+            gluon=why_no_gluon(),
+            asked=ASKED,
+        )
+        choice = choose(situation)
+        reason = choice.reason or why_not_this_call(request, strides, alignment, scale)
+        if reason is None and ASKED != "hopper":
+            reason = choice.why_too_small(request)
+        if reason is None:
+            from fa4_triton.hopper_launch import config_of
+
+            tile = choice.tile(sizes_of(request).seq_len_q)
+            plan = plan_hopper_forward(device, request, strides, tile)
+            config = config_of(tile, plan.mask, plan.varlen, plan.tail)
+            variant = _hopper_variant(config, dtype)
+            return _Forward(variant, plan, (), "fa4-triton's Hopper forward")
+        counted = f"fa4-triton's portable forward: {reason}"
+    variant, programs, scalars = _launch_of(
+        "forward", device_index, dtype, request, strides, alignment, scale == "negative"
+    )
+    return _Forward(variant, programs, scalars, counted)
+
+
+_hopper_backward_variants: dict[Any, Any] = {}
+
+
+def _hopper_backward_variant(kernel: KernelPlan, dtype: torch.dtype) -> Any:
+    """The compiled kernel that serves a plan; plans with the same constants share it."""
+    from fa4_triton.hopper_backward_launch import HopperBackwardVariant
+
+    key = (kernel.kernel, kernel.constants, dtype)
+    # Of two threads that come here at once both get the same one.
+    return _hopper_backward_variants.setdefault(key, HopperBackwardVariant(kernel, dtype))
+
+
+class _Backward(NamedTuple):
+    """How the Hopper kernels serve a backward, or why they do not."""
+
+    plan: Any
+    variants: tuple[Any, ...]
+    reason: str | None
+
+
+@lru_cache(maxsize=4096)
+def _backward_of(
     device_index: int,
     dtype: torch.dtype,
     request: Request,
     strides: tuple[Strides, ...],
     alignment: int,
     small_scale: bool,
-) -> tuple[Any, HopperPlan] | str:
-    """(compiled kernel, plan) of the Hopper forward, or why the portable one serves."""
+    deterministic: bool,
+) -> _Backward | None:
+    """The Hopper backward of a request; None where there is no choice."""
     device = _device(device_index)
+    if device.architecture != "hopper":
+        return None
     situation = situation_of(
         request,
         device,
         "fp16" if dtype == torch.float16 else "bf16",
-        "forward",
+        "backward",
         triton=triton.__version__,
-        gluon=why_no_gluon() if device.architecture == "hopper" else None,
+        gluon=why_no_gluon(),
+        asked=ASKED,
+        deterministic=deterministic,
     )
     choice = choose(situation)
-    reason = choice.reason or why_not_this_call(request, strides, alignment, small_scale)
-    if reason is not None:
-        return reason
-    from fa4_triton.hopper_launch import config_of
-
-    tile = choice.tile(request.query_shape[1])
-    plan = plan_hopper_forward(device, request, strides, tile)
-    return _hopper_variant(config_of(tile, plan.causal, plan.tail), dtype), plan
+    reason = choice.reason or why_not_this_backward(request, strides, alignment, small_scale)
+    if reason is not None or choice.backward is None:
+        return _Backward(None, (), reason)
+    plan = plan_hopper_backward(device, request, strides, choice.backward)
+    variants = tuple(_hopper_backward_variant(kernel, dtype) for kernel in plan.kernels)
+    return _Backward(plan, variants, None)
 
 
 @lru_cache(maxsize=4096)
@@ -145,7 +256,7 @@ def _launch(
     stats: tuple[Tensor, ...],
     floats: tuple[float, ...],
 ) -> None:
-    """Launch one kernel of `call`.
+    """Launch one kernel of `call`'s backward.
 
     Args:
         kernel: Which.
@@ -164,35 +275,74 @@ def _launch(
         request_of(call),
         tuple([tensor.stride() for tensor in operands]),
         _alignment(pointers[: len(operands)]),
-        kernel == "forward" and call.scale < 0,
+        False,
     )
     variant.launch(device_index, programs, tensors, pointers, floats + ints)
 
 
-def _launch_hopper_forward(
-    call: AttentionCall, operands: tuple[Tensor, ...], lse: Tensor, floats: tuple[float, ...]
+def _launch_hopper_backward(
+    call: AttentionCall,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    deterministic: bool,
 ) -> bool:
-    """Launch the Hopper forward of `call` if it is chosen; whether it was."""
+    """Launch the Hopper backward of `call` if it is chosen; whether it was."""
+    operands = (call.query, call.key, call.value, grad_out, out, *grads)
     device_index = call.query.get_device()
-    if _device(device_index).architecture != "hopper":
-        return False
-    pointers = [tensor.data_ptr() for tensor in operands]
-    chosen = _hopper_forward_of(
+    chosen = _backward_of(
         device_index,
         call.query.dtype,
         request_of(call),
         tuple([tensor.stride() for tensor in operands]),
-        _alignment(pointers),
+        _alignment([tensor.data_ptr() for tensor in operands]),
         not call.scale > SMALLEST_SCALE,
+        deterministic,
     )
-    if isinstance(chosen, str):
-        count_kernel(f"fa4-triton's portable forward: {chosen}")
+    if chosen is None:
         return False
-    count_kernel("fa4-triton's Hopper forward")
-    variant, plan = chosen
-    pointers.append(lse.data_ptr())
-    variant.launch(device_index, plan, (*operands, lse), pointers, floats)
+    if chosen.reason is not None:
+        count_kernel(f"fa4-triton's portable backward: {chosen.reason}")
+        return False
+    count_kernel("fa4-triton's Hopper backward")
+    from fa4_triton.hopper_backward_launch import launch_backward
+
+    launch_backward(
+        device_index,
+        chosen.plan,
+        chosen.variants,
+        (*operands[:5], lse, *grads),
+        (call.scale, call.scale * _LOG2_E),
+    )
     return True
+
+
+def variants_of(
+    direction: Direction, device_index: int, dtype: torch.dtype, request: Request
+) -> list[Any]:
+    """The compiled kernels that a request takes, if all of its tensors are contiguous."""
+    like_q, like_k = map(_contiguous, (request.query_shape, request.key_shape))
+    if direction == "forward":
+        strides = (like_q, like_k, like_k, like_q)
+        return [_forward_of(device_index, dtype, request, strides, 0b1111, "positive").variant]
+    eight = (*(like_q, like_k, like_k), *(like_q,) * 3, *(like_k,) * 2)
+    chosen = _backward_of(device_index, dtype, request, eight, 0xFF, False, False)
+    if chosen is not None and chosen.reason is None:
+        return list(chosen.variants)
+    head_dim = request.query_shape[-1]
+    arch = _device(device_index).architecture
+    tensors: dict[Kernel, tuple[Strides, ...]] = {"dq": (like_q, like_k, like_k, *(like_q,) * 3)}
+    for kernel in key_gradient_kernels(arch, head_dim):
+        tensors[kernel] = (like_q, like_k, like_k, like_q, like_k, like_k)
+    return [
+        _launch_of(kernel, device_index, dtype, request, strides, 0b111111, False)[0]
+        for kernel, strides in tensors.items()
+    ]
+
+
+def _contiguous(shape: tuple[int, ...]) -> Strides:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _alignment(pointers: list[int]) -> int:
@@ -243,30 +393,107 @@ class TritonKernels:
             out: Like `call.query`; `call.out` itself where that is given.
             lse: fp32, natural logarithm, [B, Hq, Sq], or [Hq, Tq] of packed sequences.
         """
-        out = empty_like(call.query) if call.out is None else call.out
-        lse = empty_row_stats(call.query)
-        operands = (call.query, call.key, call.value, out)
-        floats = (abs(call.scale) * _LOG2_E, call.lse_of_empty_rows)
-        if not _launch_hopper_forward(call, operands, lse, floats):
-            _launch("forward", call, operands, (lse,), floats)
+        query, key, value = call.query, call.key, call.value
+        out = empty_like(query) if call.out is None else call.out
+        lse = empty_row_stats(query)
+        tensors = (query, key, value, out, lse, call.cu_seqlens_query, call.cu_seqlens_key)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        scale = call.scale
+        chosen = _forward_of(
+            query.get_device(),
+            query.dtype,
+            request_of(call),
+            (query.stride(), key.stride(), value.stride(), out.stride()),
+            _alignment(pointers[:4]),
+            _kind_of(scale),
+        )
+        chosen.launch(query.get_device(), tensors, pointers, scale, call.lse_of_empty_rows)
         return out, lse
 
+    def forward_heads_first(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+        lse_of_empty_rows: float,
+    ) -> str | None:
+        """Attention of one dense call whose tensors are [B, H, S, D]; see `HeadsFirst`."""
+        pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()]
+        device_index = query.get_device()
+        look = (
+            device_index,
+            query.dtype,
+            query.shape,
+            key.shape,
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            out.stride(),
+            _alignment(pointers),
+            _kind_of(scale),
+            causal,
+        )
+        chosen = _looks.get(look)
+        if chosen is None:
+            chosen = self._forward_heads_first_of(query, key, value, out, scale, causal)
+            if len(_looks) >= _MOST_LOOKS:
+                _looks.clear()
+            _looks[look] = chosen
+        if isinstance(chosen, str):
+            return chosen
+        pointers += (lse.data_ptr(), 0, 0)
+        tensors = (query, key, value, out, lse, None, None)
+        chosen.launch(device_index, tensors, pointers, scale, lse_of_empty_rows)
+        return None
+
+    def _forward_heads_first_of(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, causal: bool
+    ) -> _Forward | str:
+        views = [tensor.transpose(1, 2) for tensor in (query, key, value, out)]
+        call = AttentionCall(views[0], views[1], views[2], scale, causal, out=views[3])
+        reason = self.supports(call)
+        if reason is not None:
+            return reason
+        return _forward_of(
+            query.get_device(),
+            query.dtype,
+            request_of(call),
+            tuple([view.stride() for view in views]),
+            _alignment([view.data_ptr() for view in views]),
+            _kind_of(scale),
+        )
+
     def backward(
-        self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor
+        self,
+        call: AttentionCall,
+        grad_out: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of one call; the same bits every time.
+        """Gradients of one call.
 
         Args:
             call: As in the forward.
             grad_out: Like `call.query`.
             out: Like `call.query`, what the forward gave.
             lse: Contiguous fp32, what the forward gave.
+            deterministic: Whether the gradients are to repeat bit for bit. They do as well under
+                `torch.use_deterministic_algorithms(True)`, and everywhere but on Hopper.
 
         Returns:
             Gradients of query, key and value, each like its tensor.
         """
         query, key, value = call.query, call.key, call.value
         dq, dk, dv = empty_like(query), empty_like(key), empty_like(value)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        grads = (dq, dk, dv)
+        if _launch_hopper_backward(call, grad_out, out, lse, grads, deterministic):
+            return grads
         delta = empty_row_stats(query)
         scale = (call.scale,)
         _launch("dq", call, (query, key, value, grad_out, out, dq), (lse, delta), scale)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import reason_of_options
-from .serving import ActiveKernels, in_layout_of, serve_bhsd, serve_bhsd_backward
+from .serving import ActiveKernels, in_layout_of, pattern, serve_bhsd, serve_bhsd_backward
 
 __all__ = ["LSE_OF_EMPTY_ROWS", "sdpa_cudnn", "sdpa_cudnn_backward"]
 
@@ -39,7 +39,7 @@ def _marked_seed(device: torch.device) -> Tensor:
     rebuild it from its metadata. It is 16 bytes because inductor asserts that alignment of every
     tensor a kernel returns.
     """
-    return torch.empty(_MARK + 1, dtype=torch.int64, device=device)[_MARK]
+    return torch.empty_like(pattern((_MARK + 1,), torch.int64, device)).select(0, _MARK)
 
 
 def sdpa_cudnn(
@@ -66,16 +66,26 @@ def sdpa_cudnn(
         reason = reason_of_options(dropout_p, return_debug_mask, extra, unknown)
         if reason is not None:
             return reason
-    if is_causal and query.shape[-2:-1] != key.shape[-2:-1]:
+    if is_causal and query.shape != key.shape and query.shape[-2:-1] != key.shape[-2:-1]:
         return _CAUSAL_UNEQUAL
-    served = serve_bhsd(kernels, query, key, value, scale, is_causal, LSE_OF_EMPTY_ROWS, attn_bias)
+    served = serve_bhsd(
+        kernels,
+        query,
+        key,
+        value,
+        scale,
+        is_causal,
+        LSE_OF_EMPTY_ROWS,
+        attn_bias,
+        lse_column=True,
+    )
     if isinstance(served, str):
         return served
     out, lse = served
     device = query.device
-    offset = torch.empty((), dtype=torch.int64, device=device)
+    offset = torch.empty_like(pattern((), torch.int64, device))
     rows, columns = query.shape[2], key.shape[2]
-    return out, lse.unsqueeze(-1), None, None, rows, columns, _marked_seed(device), offset, None
+    return out, lse, None, None, rows, columns, _marked_seed(device), offset, None
 
 
 def sdpa_cudnn_backward(

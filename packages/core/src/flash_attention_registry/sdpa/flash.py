@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import reason_of_options
-from .serving import ActiveKernels, in_layout_of, serve_bhsd, serve_bhsd_backward
+from .serving import ActiveKernels, in_layout_of, pattern, serve_bhsd, serve_bhsd_backward
 
 __all__ = ["LSE_OF_EMPTY_ROWS", "sdpa_flash", "sdpa_flash_backward", "unused_outputs"]
 
@@ -23,7 +23,8 @@ LSE_OF_EMPTY_ROWS = math.inf
 
 # The random state that dropout would need, as torch's meta functions declare it: on AMD a pair of
 # int64 scalars, elsewhere uint64 of two elements and of none.
-_RNG_SHAPE, _RNG_DTYPE = ((), torch.int64) if torch.version.hip else ((2,), torch.uint64)
+_RNG_SHAPE: tuple[int, ...] = () if torch.version.hip else (2,)
+_RNG_DTYPE = torch.int64 if torch.version.hip else torch.uint64
 
 
 def unused_outputs(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,9 +36,9 @@ def unused_outputs(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     device = query.device
     return (
-        torch.empty(_RNG_SHAPE, dtype=_RNG_DTYPE, device=device),
-        torch.empty((), dtype=_RNG_DTYPE, device=device),
-        torch.empty(0, dtype=query.dtype, device=device),
+        torch.empty_like(pattern(_RNG_SHAPE, _RNG_DTYPE, device)),
+        torch.empty_like(pattern((), _RNG_DTYPE, device)),
+        torch.empty_like(pattern((0,), query.dtype, device)),
     )
 
 
