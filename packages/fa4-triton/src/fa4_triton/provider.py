@@ -35,9 +35,9 @@ OLDEST_GPU = (8, 0)
 """The lowest compute capability that the kernels compile for."""
 
 AGAINST: dict[tuple[int, int], str | None] = {
-    (9, 0): "on compute capability 9.0 packed sequences, windows and deterministic gradients run on "
-    "portable kernels, which cuDNN's attention beats; for other dense calls these kernels are 1.09 "
-    "(forward) and 1.14 times (backward) as fast as it, on average",
+    (9, 0): "on compute capability 9.0 packed sequences, windows and deterministic gradients run "
+    "on portable kernels, which cuDNN's attention beats; for other dense calls these kernels are "
+    "1.09 (forward) and 1.14 times (backward) as fast as it, on average",
 }
 """Measured compute capabilities -> what the measurements say against these kernels; None where
 they win against what torch would run."""
