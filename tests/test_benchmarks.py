@@ -6,10 +6,12 @@ import json
 import re
 import runpy
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import pytest
 
+from fa4_triton.evidence import MEASURED
 from flash_attention_testkit.bench.markdown import markdown, with_table
 from flash_attention_testkit.bench.record import fingerprint, read_record
 
@@ -20,6 +22,7 @@ FIGURES = sorted([*BENCHMARKS.glob("*.svg"), *BENCHMARKS.glob("*.png")])
 PAGES = {
     "nvidia-h200-fa4-triton.json": ROOT / "docs/kernels/fa4-triton-portable.md",
     "nvidia-h100-fa4-triton.json": ROOT / "docs/benchmarks.md",
+    "nvidia-h100-fa4-triton-forward.json": ROOT / "docs/kernels/fa4-triton.md",
     "nvidia-h100-fa4-cuda.json": ROOT / "docs/kernels/fa4-cuda-forward.md",
 }
 FINGERPRINT = re.compile(rb"([\w.-]+\.json) sha256:([0-9a-f]{64})")
@@ -96,3 +99,24 @@ def test_the_bars_of_the_portable_kernels_are_met() -> None:
         assert len(ratios) == 18
         assert product ** (1 / len(ratios)) >= mean
         assert min(ratios) >= worst
+
+
+EVIDENCE = [
+    (capability, direction)
+    for capability, evidence in MEASURED.items()
+    for direction in evidence.records
+]
+
+
+@pytest.mark.parametrize(("capability", "direction"), EVIDENCE, ids=str)
+def test_what_is_recommended_rests_on_a_record(capability: Any, direction: Any) -> None:
+    """The numbers of `fa4_triton.evidence` are geometric means of a committed record."""
+    evidence = MEASURED[capability]
+    told = evidence.speeds[direction]
+    found: dict[int, list[float]] = {}
+    for row in record(evidence.records[direction])["rows"]:
+        if (row["impl"], row["grid"], row["direction"]) == ("fa4-triton", "anchors", direction):
+            found.setdefault(row["head_dim"], []).append(row["ratio_to_cudnn"])
+    means = {head_dim: geometric_mean(ratios) for head_dim, ratios in found.items()}
+    assert {len(ratios) for ratios in found.values()} == {6}
+    assert told == {head_dim: round(mean, 2) for head_dim, mean in means.items()}

@@ -82,6 +82,7 @@ def test_demo_shows_everything_and_succeeds() -> None:
             id="no call is served",
         ),
         pytest.param(
+            "del TritonKernels.forward_heads_first\n"
             "forward = TritonKernels.forward\n"
             "TritonKernels.forward = lambda self, call: forward(\n"
             "    self, call._replace(scale=call.scale * 1.05)\n"

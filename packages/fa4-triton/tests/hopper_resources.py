@@ -1,7 +1,8 @@
 """What the Hopper kernels cost and how ptxas orders them, read off their machine code.
 
 Nothing here needs a GPU. Run as a program it compiles every variant of the table and writes their
-costs into the kernel notebook; with `--json` it prints the records instead and changes nothing.
+costs into the kernel notebook; with `--json` it prints the records instead and changes nothing,
+with `--few` it compiles what the tests do.
 Triton must not be in interpreter mode.
 """
 
@@ -21,12 +22,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fa4_triton.hopper import HopperTile, Situation, choose
+from fa4_triton.hopper import HopperTile, Mask, Situation, choose
 
 NOTEBOOK = Path(__file__).parents[3] / "docs" / "kernels" / "fa4-triton.md"
 BEGIN, END = "<!-- resources:begin -->", "<!-- resources:end -->"
 
-OPERANDS = ("q", "k", "v")
+OPERANDS = ("q", "k", "v", "out")
 
 SHARED_LIMIT = 232448
 """Bytes of shared memory that a program may have on compute capability 9.0."""
@@ -37,7 +38,8 @@ class Case:
     """One variant of the forward."""
 
     tile: HopperTile
-    causal: bool
+    mask: Mask
+    varlen: bool
     tail: bool
     dtype: str  # Triton's name
 
@@ -73,13 +75,28 @@ class Record:
 
 
 def cases() -> Iterator[Case]:
-    """Every tile of the table, with a tail too where nothing else is masked, and in fp16."""
-    for width, mask in product((64, 128, 256), ("none", "causal")):
-        situation = Situation("hopper", "3.6.0", None, width, "bf16", mask, "forward", False)
+    """Every tile of the table; a full mask with a tail too, and in fp16; all of them packed."""
+    masks: tuple[Mask, ...] = ("none", "causal", "window")
+    for width, mask, varlen in product((64, 128, 256), masks, (False, True)):
+        situation = Situation("hopper", "3.6.0", None, width, "bf16", mask, "forward", varlen)
         for _, tile in choose(situation).tiles:
-            yield Case(tile, mask == "causal", False, "bf16")
-            if mask == "none":
-                yield Case(tile, False, True, "fp16")
+            yield Case(tile, mask, varlen, varlen and mask == "none", "bf16")
+            if mask == "none" and not varlen:
+                yield Case(tile, mask, False, True, "fp16")
+
+
+def few_cases() -> Iterator[Case]:
+    """Half of them: each tile, each mask, and packed sequences with and without one."""
+    packed = {(64, "none"), (128, "causal")}
+    for case in cases():
+        if case.varlen:
+            taken = (case.tile.d, case.mask) in packed
+        elif case.mask == "window":
+            taken = case.tile.d == 128
+        else:
+            taken = case.dtype == "bf16" or case.tile.d == 64
+        if taken:
+            yield case
 
 
 def compile_case(case: Case) -> Record:
@@ -101,13 +118,14 @@ def compile_case(case: Case) -> Record:
     keys = f"tensordesc<{case.dtype}[1, 1, {tile.n}, {tile.d}],{LAYOUT!r}>"
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "out_desc": rows, "lse": "*fp32"}
     types |= dict.fromkeys(OPERANDS, f"*{case.dtype}")
-    types |= {"counter": "*i32", "scale_log2": "fp32", "lse_of_empty": "fp32"}
+    types |= dict.fromkeys(("counter", "cu_seqlens_q", "cu_seqlens_k"), "*i32")
+    types |= {"scale_log2": "fp32", "lse_of_empty": "fp32"}
     types |= {"config": "constexpr"}
     names = kernel.arg_names
     source = GluonASTSource(
         kernel,
         {name: types.get(name, "i32") for name in names},
-        {(names.index("config"),): config_of(tile, case.causal, case.tail)},
+        {(names.index("config"),): config_of(tile, case.mask, case.varlen, case.tail)},
         {(names.index(name),): [["tt.divisibility", 16]] for name in OPERANDS},
     )
     knobs.compilation.disable_line_info = True  # saves time and changes no instruction
@@ -275,17 +293,19 @@ def compile_all(chosen: Iterable[Case]) -> list[Record]:
 
 def render(records: Iterable[Record]) -> str:
     """The notebook's table in Markdown."""
-    rows: dict[tuple[HopperTile, bool], list[Record]] = {}
+    rows: dict[tuple[HopperTile, Mask, bool], list[Record]] = {}
     for record in records:
-        rows.setdefault((record.case.tile, record.case.causal), []).append(record)
+        case = record.case
+        rows.setdefault((case.tile, case.mask, case.varlen), []).append(record)
     lines = [
         "| head dim up to | mask | rows x keys | stages | registers | spilled | shared |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (tile, causal), found in rows.items():
+    names: dict[Mask, str] = {"none": "full", "causal": "causal", "window": "window"}
+    for (tile, mask, varlen), found in rows.items():
         cells = (
             tile.d,
-            "causal" if causal else "full",
+            names[mask] + (", packed" if varlen else ""),
             f"{tile.m} x {tile.n}",
             tile.stages,
             max(record.registers for record in found),
@@ -308,9 +328,10 @@ def main() -> None:
     """Write the table into the notebook, or with `--json` the records to standard output."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the records, change no file")
-    as_json = parser.parse_args().json
-    records = compile_all(cases())
-    if as_json:
+    parser.add_argument("--few", action="store_true", help="compile half of the variants")
+    given = parser.parse_args()
+    records = compile_all(few_cases() if given.few else cases())
+    if given.json:
         print(json.dumps([asdict(record) for record in records]))
         return
     page = NOTEBOOK.read_text(encoding="utf-8")

@@ -155,10 +155,10 @@ def _source(case: Case, plan: Plan) -> Any:
 
     from fa4_triton.kernels.backward import dkdv_kernel, dq_kernel
     from fa4_triton.kernels.forward import forward_kernel
-    from fa4_triton.launch import Variant
+    from fa4_triton.launch import constant_arguments
 
     kernel = {"forward": forward_kernel, "dq": dq_kernel}.get(case.kernel, dkdv_kernel)
-    constants = iter(Variant(kernel, plan.tile, plan.constants).constants)
+    constants = iter(constant_arguments(kernel, plan.tile, plan.constants))
     types: dict[str, str] = {}
     values: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa4_triton import flash_attn_func, flash_attn_varlen_func
+from fa4_triton import flash_attn_func, flash_attn_varlen_func, warmup
 from fa4_triton.kernel_set import TritonKernels
 from flash_attention_registry.sdpa import AttentionCall
 from flash_attention_testkit import SdpaResult, assert_sdpa_parity
@@ -45,12 +45,12 @@ def attend(inputs: Any) -> list[Tensor]:
     ],
     ids=["gqa", "mha", "packed"],
 )
-def test_a_hundred_deterministic_repeats_give_the_same_bits(
+def test_a_thousand_deterministic_repeats_give_the_same_bits(
     inputs: Callable[..., Any], run: Callable[..., SdpaResult], shape: dict[str, Any]
 ) -> None:
     given = inputs(**shape)
     first = run(given, causal=True, deterministic=True)
-    for _ in range(100):
+    for _ in range(1000):
         again = run(given, causal=True, deterministic=True)
         for name in FIELDS:
             assert torch.equal(getattr(first, name), getattr(again, name)), name
@@ -200,3 +200,20 @@ def test_kernels_wait_for_what_their_stream_waits_for(inputs: Callable[..., Any]
         found = flash_attn_func(given.query, given.key, given.value)
     torch.cuda.synchronize()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [100, 4096], ids=["small", "large"])
+def test_what_was_warmed_up_compiles_nothing(inputs: Callable[..., Any], rows: int) -> None:
+    """In its first call, forward and backward."""
+    from triton import knobs
+
+    warmup(head_dims=(48,), dtypes=(torch.bfloat16,), masks=("causal",))
+    given = inputs(lengths=(rows, rows), heads=(16, 16), head_dim=48)
+    compiled: list[Any] = []
+    before = knobs.compilation.listener
+    knobs.compilation.listener = lambda *, src, **_: compiled.append(src)
+    try:
+        attend(given)
+    finally:
+        knobs.compilation.listener = before
+    assert compiled == []

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fa4_triton.hopper import (
-    FEWEST_ROWS,
+    KERNELS,
     Choice,
     HopperPlan,
     Situation,
+    asked_for,
     choose,
     plan_hopper_forward,
     situation_of,
@@ -20,7 +21,7 @@ from fa4_triton.hopper import (
     why_not_this_call,
     why_untested,
 )
-from fa4_triton.plan import Device, Packed, Request
+from fa4_triton.plan import Device, Packed, Request, sizes_of
 
 DEVICE = Device("hopper", l2_bytes=50 << 20, multiprocessors=132)
 SERVED = Situation("hopper", "3.6.0", None, 128, "bf16", "causal", "forward", False)
@@ -53,21 +54,24 @@ def obstacle(asked: Request, **changes: Any) -> str | None:
 
 
 def plan(asked: Request, head_dim: int = 64, strides: Any = None) -> HopperPlan:
-    mask = "causal" if asked.causal else "none"
-    choice = choose(SERVED._replace(head_dim=head_dim, mask=mask))
-    tile = choice.tile(asked.query_shape[1])
+    found = situation(asked)
+    tile = choose(found._replace(head_dim=head_dim)).tile(sizes_of(asked).seq_len_q)
     return plan_hopper_forward(DEVICE, asked, strides or contiguous(asked), tile)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal"])
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal", "window"])
 @pytest.mark.parametrize("head_dim", range(40, 257, 8))
-def test_every_head_dim_from_40_is_served_by_a_tile_that_holds_it(head_dim: int, mask: Any) -> None:
-    choice = choose(SERVED._replace(head_dim=head_dim, mask=mask))
+def test_every_head_dim_from_40_is_served_by_a_tile_that_holds_it(
+    head_dim: int, mask: Any, varlen: bool
+) -> None:
+    choice = choose(SERVED._replace(head_dim=head_dim, mask=mask, varlen=varlen))
     assert choice.reason is None
     for rows in (1, 1000, 1 << 20):
         tile = choice.tile(rows)
         assert tile.d // 2 < head_dim <= tile.d
         assert tile.m in (128, 192)
+        assert tile.drawn or (mask == "none" and not varlen)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +82,9 @@ def test_every_head_dim_from_40_is_served_by_a_tile_that_holds_it(head_dim: int,
         ({"triton": "3.7.1"}, r"tested with Triton 3\.6\.x only, and this is 3\.7\.1"),
         ({"triton": "3.60.0"}, "this is 3.60.0"),
         ({"gluon": "ImportError: none"}, "Gluon cannot be used: ImportError: none"),
-        ({"varlen": True}, "packed sequences"),
-        ({"mask": "window"}, "a window"),
+        ({"asked": "portable"}, "FA4_TRITON_KERNELS asks for it"),
+        ({"direction": "backward", "varlen": True}, "packed sequences"),
+        ({"direction": "backward", "mask": "window"}, "a window"),
         ({"head_dim": 32}, "head_dim 32"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -133,7 +138,6 @@ def test_packed_sequences_are_a_situation_of_their_own() -> None:
         (request(), {"scale": "negative"}, "or negative"),
         (request(query_shape=(2, 0, 8, 64)), {}, "no queries"),
         (request(key_shape=(2, 0, 2, 64)), {}, "no keys"),
-        (request(query_shape=(2, FEWEST_ROWS - 1, 8, 64)), {}, "fewer than 64 queries"),
         (request(), {"alignment": 0b1011}, "does not start at a multiple of 16 bytes"),
     ],
 )
@@ -141,6 +145,68 @@ def test_some_calls_cannot_go_to_the_hopper_kernels(
     asked: Request, changes: dict[str, Any], reason: str
 ) -> None:
     assert reason in str(obstacle(asked, **changes))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "changes", "reason"),
+    [
+        (64, "none", {}, None),
+        (64, "none", {"query_shape": (2, 60, 8, 64)}, "fewer than 64 queries"),
+        # 200 rows of 1500 keys are 300000 pairs; 160 are 240000, less than 2^18.
+        (64, "none", {"query_shape": (32, 200, 8, 64)}, None),
+        (64, "none", {"query_shape": (32, 160, 8, 64)}, "less than 262144 pairs"),
+        (64, "causal", {}, "less than 32 * 2^20 pairs"),
+        (64, "causal", {"query_shape": (3, 1000, 8, 64)}, None),
+        (64, "window", {"query_shape": (3, 1000, 8, 64)}, "less than 32 * 2^20 pairs"),
+        (64, "window", {"query_shape": (64, 1000, 8, 64)}, None),
+        (128, "none", {"query_shape": (1, 64, 1, 128)}, None),
+        (128, "causal", {"query_shape": (1, 1000, 8, 128)}, "less than 12 * 2^20 pairs"),
+        (256, "causal", {"query_shape": (1, 64, 1, 256)}, None),
+    ],
+)
+def test_where_the_portable_kernel_is_faster_it_serves(
+    head_dim: int, mask: Any, changes: dict[str, Any], reason: str | None
+) -> None:
+    """Beside 1500 keys; the window sees 101 of them."""
+    left = 100 if mask == "window" else None
+    asked = request(causal=mask != "none", window_left=left)
+    if mask == "none":
+        asked = asked._replace(query_shape=(4, 2000, 8, 64))
+    found = choose(SERVED._replace(head_dim=head_dim, mask=mask)).why_too_small(
+        asked._replace(**changes)
+    )
+    assert (found is None) if reason is None else (found is not None and found.startswith(reason))
+
+
+def test_packed_sequences_count_by_their_rows_in_all() -> None:
+    """Not as if all were as long as the longest."""
+    choice = choose(SERVED._replace(head_dim=64, varlen=True))
+    few = request(
+        query_shape=(1100, 8, 64), key_shape=(1100, 8, 64), packed=Packed(101, 1000, 1000)
+    )
+    assert "less than 32 * 2^20 pairs" in str(choice.why_too_small(few))
+    many = few._replace(query_shape=(9000, 8, 64), key_shape=(9000, 8, 64))
+    assert choice.why_too_small(many) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "asked"),
+    [(None, "fastest"), ("", "fastest"), (" Hopper ", "hopper"), ("portable", "portable")],
+)
+def test_the_environment_may_ask_for_one_kind(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, asked: str
+) -> None:
+    if value is None:
+        monkeypatch.delenv(KERNELS, raising=False)
+    else:
+        monkeypatch.setenv(KERNELS, value)
+    assert asked_for() == asked
+
+
+def test_a_kind_that_is_not_known_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNELS, "ampere")
+    with pytest.raises(ValueError, match="must be 'hopper' or 'portable' or not set, and is 'am"):
+        asked_for()
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -201,7 +267,27 @@ def test_there_are_as_many_programs_as_multiprocessors_or_tiles(heads: int, prog
 )
 def test_only_what_nothing_else_masks_has_a_tail(keys: int, causal: bool, tail: bool) -> None:
     planned = plan(request(key_shape=(2, keys, 2, 64), causal=causal))
-    assert (planned.causal, planned.tail) == (causal, tail)
+    assert (planned.mask, planned.tail) == ("causal" if causal else "none", tail)
+
+
+def test_packed_tensors_are_described_as_one_long_sequence() -> None:
+    asked = request(query_shape=(700, 8, 64), key_shape=(900, 2, 64), packed=Packed(5, 333, 450))
+    planned = plan(asked)
+    query, key, _, _ = planned.tensors
+    assert (query.shape, query.strides) == ((1, 8, 700, 64), (64, 64, 512, 1))
+    assert (key.shape, key.strides) == ((1, 2, 900, 64), (64, 64, 128, 1))
+    heads, group, heads_total, rows, keys, _, _, tiles, blocks, _ = planned.scalars
+    assert (heads, group, heads_total, rows, keys) == (8, 4, 40, 700, 900)
+    assert (tiles, blocks) == (40 * 2, 2)  # 192 of the longest sequence's 333 rows each
+    assert planned.varlen
+    assert planned.tail  # the next sequence's keys follow
+
+
+def test_a_bound_that_hides_nothing_is_as_wide_as_the_sequences() -> None:
+    assert plan(request(window_left=100)).scalars[5:7] == (100, 2500)
+    assert plan(request(causal=True, window_left=100)).scalars[5:7] == (100, 0)
+    assert plan(request(window_right=7)).scalars[5:7] == (2500, 7)
+    assert plan(request(window_right=7)).mask == "window"
 
 
 def test_heads_of_a_group_go_side_by_side_however_many() -> None:

@@ -85,8 +85,13 @@ class At:
         return At(self.slots, self.slot, self.phase)
 
 
-# A tile: the blocks that each consumer sees; as many as any of them sees are brought.
-Tile = tuple[int, ...]
+# A tile: of each consumer, how many blocks come before those that it sees, and how many it sees.
+# All that any of them sees are brought.
+Tile = tuple[tuple[int, int], ...]
+
+
+def brought(tile: Tile) -> int:
+    return max(passed + seen for passed, seen in tile)
 
 
 class Program:
@@ -124,7 +129,7 @@ class Program:
         at, board, q_phase = At(self.stages), At(2), 0
         for number, tile in enumerate(self.tiles):
             yield from self.publish(board, number)
-            for index in range(max(tile)):
+            for index in range(brought(tile)):
                 yield from self.load(self.k, at.slot, at.phase, (number, index))
                 if index == 0:
                     for who in range(self.consumers):
@@ -143,6 +148,15 @@ class Program:
         assert ring.held[slot] == what, "overwritten while it was read"
         ring.empty[slot].arrive()
 
+    def pass_by(self, who: int, at: At, what: Any) -> Steps:
+        """A block that only other consumers see."""
+        yield from self.turns[who].sync()
+        self.turns[(who + 1) % self.consumers].arrive()
+        for ring in (self.k, self.v):
+            yield from self.take(ring, at, what)
+            self.release(ring, at.slot, what)
+        at.step()
+
     def consumer(self, who: int) -> Steps:
         following = self.turns[(who + 1) % self.consumers]
         if who == self.consumers - 1:
@@ -155,15 +169,10 @@ class Program:
             board.step()
             if number is None:
                 return
-            brought, seen = max(self.tiles[number]), self.tiles[number][who]
-            for index in range(brought - seen):
-                yield from self.turns[who].sync()
-                following.arrive()
-                for ring in (self.k, self.v):
-                    yield from self.take(ring, at, (number, index))
-                    self.release(ring, at.slot, (number, index))
-                at.step()
-            index = brought - seen
+            passed, seen = self.tiles[number][who]
+            for index in range(passed):
+                yield from self.pass_by(who, at, (number, index))
+            index = passed
             yield from self.take(self.q, At(self.consumers, who, q_phase), (number, who))
             yield from self.take(self.k, at, (number, index))
             yield from self.turns[who].sync()
@@ -188,6 +197,8 @@ class Program:
             yield  # P V
             self.release(self.v, at.slot, (number, index))
             at.step()
+            for index in range(passed + seen, brought(self.tiles[number])):
+                yield from self.pass_by(who, at, (number, index))
             if not self.own_o:  # the output leaves through Q's block
                 self.q.held[who] = "output"
                 yield
@@ -223,17 +234,24 @@ class Program:
         )
 
 
-def tiles_of(table: str, consumers: int, order: random.Random) -> list[Tile]:
+def tiles_of(mask: str, consumers: int, order: random.Random) -> list[Tile]:
     count = order.randint(1, 6)
-    if table == "none":
+    if mask == "none":
         blocks = order.randint(1, 5)
-        return [(blocks,) * consumers for _ in range(count)]
-    # Rows of 64 on blocks of 64 or 128 keys: a later consumer sees as many, or up to two more.
+        return [((0, blocks),) * consumers for _ in range(count)]
+    # Rows of 64 on blocks of 64 or 128 keys: with each consumer the last block that is seen moves
+    # on by none or one, and in a window the first one too. The last block comes first.
     found = []
     for _ in range(count):
-        first = order.randint(1, 4)
-        steps = [order.randint(0, 1) for _ in range(consumers - 1)]
-        found.append(tuple(first + sum(steps[:who]) for who in range(consumers)))
+        first, last = 0, order.randint(1, 4)
+        ranges = [(first, last)]
+        for _ in range(consumers - 1):
+            last += order.randint(0, 1)
+            if mask == "window":
+                first = min(first + order.randint(0, 1), last - 1)
+            ranges.append((first, last))
+        end = ranges[-1][1]
+        found.append(tuple((end - high, high - low) for low, high in ranges))
     return found
 
 
@@ -241,7 +259,7 @@ SHAPES = sorted(
     {
         (mask, tile.m // 64, tile.stages, tile.own_o)
         for width in (64, 128, 256)
-        for mask in ("none", "causal")
+        for mask in ("none", "causal", "window")
         for _, tile in choose(
             Situation("hopper", "3.6.0", None, width, "bf16", mask, "forward", False)
         ).tiles
@@ -270,7 +288,7 @@ def test_the_model_finds_a_consumer_that_keeps_a_block(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Program, "release", forgetful)
     with pytest.raises(AssertionError, match="everybody waits"):
-        Program([(5, 5)], 2, True).run(0)
+        Program([((0, 5), (0, 5))], 2, True).run(0)
 
 
 def test_the_model_finds_a_block_that_is_released_too_early() -> None:
@@ -287,7 +305,7 @@ def test_the_model_finds_a_block_that_is_released_too_early() -> None:
 
     def run_some() -> None:
         for seed in range(50):
-            Hasty([(5, 5), (5, 5)], 2, True).run(seed)
+            Hasty([((0, 5), (0, 5))] * 2, 2, True).run(seed)
 
     with pytest.raises(AssertionError, match="overwritten while it was read"):
         run_some()

@@ -17,10 +17,17 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 PROGRAM = Path(__file__).with_name("hopper_resources.py")
 
-# (columns, rows of a tile) of causal variants -> bytes spilled at most. The way through `repair`,
-# which nobody takes without an Inf or NaN in V, needs more registers than there are; the loops
-# over keys need not (test_no_loop_over_keys_touches_a_spilled_register).
-ACCEPTED_SPILLS = {(64, 192): 276, (128, 128): 8, (256, 128): 56}
+# (columns, rows of a tile, mask, packed) -> bytes spilled at most. The way through `repair`, which
+# nobody takes without an Inf or NaN in V, needs more registers than there are; the loops over keys
+# need not (test_no_loop_over_keys_touches_a_spilled_register).
+ACCEPTED_SPILLS = {
+    (64, 192, "causal", False): 276,
+    (64, 192, "none", True): 292,
+    (128, 128, "causal", False): 8,
+    (128, 128, "causal", True): 8,
+    (128, 128, "window", False): 144,
+    (256, 128, "causal", False): 56,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def records(resources: ModuleType) -> list[Any]:
     # In a process of its own: this one may interpret kernels, and cannot compile them then.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--json"],
+        [sys.executable, str(PROGRAM), "--json", "--few"],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,7 +57,7 @@ def records(resources: ModuleType) -> list[Any]:
 
 
 def test_every_tile_of_the_table_compiles(resources: ModuleType, records: list[Any]) -> None:
-    assert [record.case for record in records] == list(resources.cases())
+    assert [record.case for record in records] == list(resources.few_cases())
 
 
 def test_shared_memory_is_within_the_limit(resources: ModuleType, records: list[Any]) -> None:
@@ -66,12 +73,12 @@ def loops_over_keys(record: Any) -> list[Any]:
     ]
 
 
-def test_every_consumer_has_a_loop_over_keys_and_causal_ones_a_masked_one(
+def test_every_consumer_has_a_loop_over_keys_and_one_more_for_each_masked_end(
     records: list[Any],
 ) -> None:
     for record in records:
         consumers = record.case.tile.m // 64
-        expected = consumers * (2 if record.case.causal else 1)
+        expected = consumers * {"none": 1, "causal": 2, "window": 3}[record.case.mask]
         assert len(loops_over_keys(record)) == expected, record.case
 
 
@@ -85,8 +92,8 @@ def test_a_causal_loop_without_a_mask_is_no_longer_than_one_of_a_full_tile(
 ) -> None:
     """Copies of P between the loops' registers made it 14% longer once."""
     lengths: dict[Any, dict[bool, int]] = {}
-    for record in records:
-        tile, causal = record.case.tile, record.case.causal
+    for record in (one for one in records if one.case.mask != "window"):
+        tile, causal = record.case.tile, record.case.mask == "causal"
         shortest = min(loop.length for loop in loops_over_keys(record))
         lengths.setdefault((tile.m, tile.n, tile.d), {})[causal] = shortest
     both = [found for found in lengths.values() if len(found) == 2]
@@ -97,9 +104,9 @@ def test_a_causal_loop_without_a_mask_is_no_longer_than_one_of_a_full_tile(
 
 def test_nothing_spills_elsewhere_but_what_is_accepted(records: list[Any]) -> None:
     for record in records:
-        tile = record.case.tile
-        accepted = ACCEPTED_SPILLS.get((tile.d, tile.m), 0) if record.case.causal else 0
-        assert record.spilled_bytes <= accepted, record.case
+        case = record.case
+        accepted = ACCEPTED_SPILLS.get((case.tile.d, case.tile.m, case.mask, case.varlen), 0)
+        assert record.spilled_bytes <= accepted, case
 
 
 def test_the_compiler_serialises_no_matrix_products(records: list[Any]) -> None:
@@ -156,6 +163,7 @@ def test_the_notebook_says_what_the_compiler_says(
 ) -> None:
     page = resources.NOTEBOOK.read_text(encoding="utf-8")
     begin, end = resources.section(page)
-    assert page[begin:end].strip() == resources.render(records), (
+    told = page[begin:end].strip().splitlines()
+    assert [line for line in resources.render(records).splitlines() if line not in told] == [], (
         f"the table is out of date: run `python {PROGRAM.name}` and commit the notebook"
     )

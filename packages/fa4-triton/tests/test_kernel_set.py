@@ -77,6 +77,11 @@ def test_memory_of_these_tests_is_nan_until_written(
         assert getattr(result, name).isnan().all(), name
 
 
+def forget_plans() -> None:
+    kernel_set._forward_of.cache_clear()
+    kernel_set._looks.clear()
+
+
 class Launches(list[Any]):
     """Stands for compiled Hopper kernels, and writes nothing."""
 
@@ -93,10 +98,12 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[Launches
     hopper = Device("hopper", l2_bytes=50 << 20, multiprocessors=132)
     monkeypatch.setattr(kernel_set, "_device", lambda index: hopper)
     monkeypatch.setattr(kernel_set, "_hopper_variant", lambda config, dtype: launches)
+    monkeypatch.setattr(kernel_set.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(kernel_set, "ASKED", "hopper")  # for calls as small as these
     reset_dispatch_counts()
-    kernel_set._forward_of.cache_clear()
+    forget_plans()
     yield launches
-    kernel_set._forward_of.cache_clear()
+    forget_plans()
     reset_dispatch_counts()
 
 
@@ -105,7 +112,7 @@ def test_a_hopper_gpu_runs_the_hopper_forward(inputs: Any, on_hopper: Launches) 
     call = AttentionCall(given.query, given.key, given.value, 0.5, True, lse_of_empty_rows=7.0)
     out, lse = TritonKernels().forward(call)
     ((index, plan, tensors, pointers, floats),) = on_hopper
-    assert (index, plan.causal, plan.programs) == (-1, True, 4)
+    assert (index, plan.mask, plan.programs) == (-1, "causal", 4)
     assert pointers[:5] == [one.data_ptr() for one in (*given_tensors(given), out, lse)]
     assert [one.data_ptr() for one in tensors[:5]] == pointers[:5]
     assert floats == (pytest.approx(0.5 / math.log(2)), 7.0)
@@ -120,10 +127,8 @@ def given_tensors(given: Any) -> tuple[Any, Any, Any]:
     ("shape", "changes", "reason"),
     [
         ({"lengths": (100, 130), "layout": "odd strides"}, {}, "no multiples of 16 bytes"),
-        ({"lengths": (100, 130)}, {"window_left": 5}, "a window"),
         ({"lengths": (100, 130)}, {"scale": -0.5}, "or negative"),
         ({"lengths": (100, 130)}, {"scale": 0.0}, "a scale that is zero"),
-        ({"lengths": (10, 130)}, {}, "fewer than 64 queries"),
         ({"lengths": (100, 130), "head_dim": 16}, {}, "head_dim 16"),
     ],
 )
@@ -151,3 +156,52 @@ def test_an_untested_triton_gets_the_portable_kernels(
     assert "1 by fa4-triton's portable forward: the Hopper kernels were tested" in str(
         dispatch_counts()
     )
+
+
+def test_a_small_call_gets_the_portable_kernels(
+    inputs: Any, on_hopper: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_set, "ASKED", "fastest")
+    given = inputs(lengths=(100, 130))
+    TritonKernels().forward(AttentionCall(*given_tensors(given), 0.5, True))
+    assert on_hopper == []
+    assert "less than 16384 pairs" in str(dispatch_counts())
+
+
+def test_packed_sequences_and_windows_go_to_the_hopper_forward(
+    inputs: Any, on_hopper: Launches
+) -> None:
+    given = inputs(lengths=([70, 30], [20, 80]), heads=(4, 2))
+    offsets = given.offsets()
+    call = AttentionCall(*given_tensors(given), 0.5, False, 7, None, *offsets, 70, 80)
+    TritonKernels().forward(call)
+    ((_, plan, tensors, pointers, _),) = on_hopper
+    assert (plan.mask, plan.varlen) == ("window", True)
+    assert tensors[5:] == offsets
+    assert pointers[5:] == [one.data_ptr() for one in offsets]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [0.2, 0.0, -0.2])
+def test_heads_first_gives_the_same_bits(inputs: Any, causal: bool, scale: float) -> None:
+    given = inputs(lengths=(70, 90), heads=(4, 2), batch=2)
+    call = AttentionCall(*given_tensors(given), scale, causal, lse_of_empty_rows=3.0)
+    kernels = TritonKernels()
+    out, lse = kernels.forward(call)
+    views = [one.transpose(1, 2) for one in given_tensors(given)]
+    for _ in range(2):  # looked up, then found
+        target = torch.full_like(views[0], math.nan)
+        stats = lse.new_full((*lse.shape, 1), math.nan)
+        assert kernels.forward_heads_first(*views, target, stats, scale, causal, 3.0) is None
+        assert torch.equal(target.transpose(1, 2), out)
+        assert torch.equal(stats[..., 0], lse)
+
+
+def test_heads_first_declines_what_supports_declines(inputs: Any) -> None:
+    given = inputs(lengths=(7, 9))
+    views = [one.transpose(1, 2).float() for one in given_tensors(given)]
+    for _ in range(2):
+        reason = TritonKernels().forward_heads_first(
+            *views, views[0].clone(), torch.empty(1, 1, 7), 1.0, False, 0.0
+        )
+        assert reason == "dtype torch.float32 is not supported"

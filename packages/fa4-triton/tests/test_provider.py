@@ -13,7 +13,7 @@ import torch
 import triton
 
 import fa4_triton
-from fa4_triton import provider
+from fa4_triton import evidence, provider
 
 HOPPER, AMPERE, TURING, ADA = (9, 0), (8, 0), (7, 5), (8, 9)
 
@@ -214,6 +214,20 @@ def test_where_nothing_was_measured_nothing_is_recommended(
     assert f"not yet measured against stock on compute capability {text}" in reason
 
 
+def test_one_head_dim_that_is_slower_in_one_direction_is_a_reason(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {"forward": {64: 1.2, 128: 1.3}, "backward": {64: 0.99, 128: 1.1}}
+    monkeypatch.setitem(evidence.MEASURED, ADA, evidence.Evidence("Flash", {}, speeds))
+    gpus(ADA)
+    reason = provider.why_not_recommended()
+    assert reason is not None
+    assert reason.startswith(
+        "Flash, which torch runs on compute capability 8.9, is faster: in the backward these "
+        "kernels have 0.99 (head dim 64) of its speed, the forward is no slower. "
+    )
+
+
 @pytest.mark.parametrize(
     ("seen", "recommended"),
     [([AMPERE], True), ([TURING, AMPERE], True), ([AMPERE, HOPPER], False)],
@@ -225,7 +239,8 @@ def test_recommended_means_that_every_gpu_in_use_wins(
     seen: Iterable[tuple[int, int]],
     recommended: bool,
 ) -> None:
-    monkeypatch.setitem(provider.AGAINST, AMPERE, None)
+    faster = {"forward": {64: 1.2, 128: 1.0}, "backward": {64: 1.1}}
+    monkeypatch.setitem(evidence.MEASURED, AMPERE, evidence.Evidence("flash", {}, faster))
     gpus(*seen)
     assert (provider.why_not_recommended() is None) is recommended
 
@@ -288,7 +303,7 @@ def test_registration_says_all_that_the_registry_asks(monkeypatch: pytest.Monkey
 
 def test_public_names_are_there_and_others_are_not() -> None:
     assert set(fa4_triton.__all__) <= set(dir(fa4_triton))
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "register"):
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "register", "warmup"):
         assert callable(getattr(fa4_triton, name))
     with pytest.raises(AttributeError, match="has no attribute 'flash_attn_kvpacked_func'"):
         _ = fa4_triton.flash_attn_kvpacked_func

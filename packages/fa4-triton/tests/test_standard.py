@@ -30,24 +30,40 @@ class TestOnGpu(ProviderTests):
     """On a CUDA device."""
 
 
-@pytest.mark.gpu
-class TestPortableOnHopper(ProviderTests):
-    """On a Hopper GPU, with the kernels that other GPUs get."""
+class _Asked(ProviderTests):
+    """On a Hopper GPU, which has two kinds of kernels: with one of them for all that it serves."""
+
+    asked: str
 
     @pytest.fixture(autouse=True, scope="class")
-    def portable(self) -> Iterator[None]:
-        """No version of Triton is tested with the Hopper kernels."""
+    def kind(self) -> Iterator[None]:
+        """As in a process whose environment asks for it, and in those that tests start."""
         from fa4_triton import hopper, kernel_set
 
         if torch.cuda.get_device_capability()[0] != 9:
             pytest.skip("other GPUs have no other kernels")
 
         def forget() -> None:
-            hopper.choose.cache_clear()
-            kernel_set._hopper_forward_of.cache_clear()
+            kernel_set._forward_of.cache_clear()
+            kernel_set._looks.clear()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hopper, "TESTED_TRITON", ("none",))
+            patch.setenv(hopper.KERNELS, self.asked)
+            patch.setattr(kernel_set, "ASKED", hopper.asked_for())
             forget()
             yield
         forget()
+
+
+@pytest.mark.gpu
+class TestPortableOnHopper(_Asked):
+    """With the kernels that other GPUs get."""
+
+    asked = "portable"
+
+
+@pytest.mark.gpu
+class TestHopper(_Asked):
+    """With the Hopper kernels also where the portable ones are faster."""
+
+    asked = "hopper"

@@ -118,6 +118,41 @@ class PlainKernels:
         return query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
 
 
+class HeadsFirstKernels(PlainKernels):
+    """The same with the shortcut for SDPA's layout; `shortcuts` counts how often it was taken."""
+
+    def __init__(self, *args: Any, **changes: Any) -> None:
+        super().__init__(*args, **changes)
+        self.shortcuts = 0
+
+    def forward_heads_first(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+        lse_of_empty_rows: float,
+    ) -> str | None:
+        self.shortcuts += 1
+        q, k, v, target = (tensor.transpose(1, 2) for tensor in (query, key, value, out))
+        call = AttentionCall(
+            q, k, v, scale, causal, out=target, lse_of_empty_rows=lse_of_empty_rows
+        )
+        reason = self.supports(call)
+        if reason is None:
+            lse.view(lse.shape[:3]).copy_(self.forward(call)[1])
+        return reason
+
+
+@pytest.fixture
+def heads_first_kernels() -> type[HeadsFirstKernels]:
+    """As `plain_kernels`, with the shortcut for SDPA's layout."""
+    return HeadsFirstKernels
+
+
 @pytest.fixture
 def plain_kernels() -> type[PlainKernels]:
     """The class of kernel sets to install."""

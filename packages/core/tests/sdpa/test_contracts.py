@@ -20,10 +20,10 @@ CudaOp = Callable[..., Any]
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 5, 7, 16
 
 
-@pytest.fixture(autouse=True)
-def kernels(plain_kernels: type) -> Any:
-    """The plain kernel set, installed for CUDA."""
-    kernel_set = plain_kernels()
+@pytest.fixture(autouse=True, params=["plain_kernels", "heads_first_kernels"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """The plain kernel set, with and without the shortcut, installed for CUDA."""
+    kernel_set = request.getfixturevalue(request.param)()
     install(kernel_set, "cuda")
     return kernel_set
 

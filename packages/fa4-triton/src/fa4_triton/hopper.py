@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -24,6 +24,7 @@ __all__ = [
     "HopperPlan",
     "HopperTile",
     "Situation",
+    "Worth",
     "choose",
     "plan_hopper_forward",
     "situation_of",
@@ -98,6 +99,16 @@ class HopperTile:
     own_o: bool
 
 
+class Worth(NamedTuple):
+    """From how many pairs of a row and a key on the Hopper forward is the faster one.
+
+    Its programs take longer to begin and its tiles are larger than the portable kernel's.
+    """
+
+    head: int  # of one head of the longest sequence
+    call: int  # in all, of a window those that it spans
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Which kernel serves a situation.
@@ -105,11 +116,13 @@ class Choice:
     Attributes:
         tiles: (most query rows of a sequence, tile) of the forward, the shortest first; empty: the
             portable kernel serves.
+        worth: Smaller forwards go to the portable kernel all the same.
         reason: Why the portable one does; None if the Hopper one does.
         backward: The tile of the backward, where that is asked for.
     """
 
     tiles: tuple[tuple[int, HopperTile], ...]
+    worth: Worth
     reason: str | None
     backward: BackwardTile | None = None
 
@@ -117,24 +130,76 @@ class Choice:
         """The tile for sequences of so many query rows."""
         return next(tile for longest, tile in self.tiles if seq_len_q <= longest)
 
+    def why_too_small(self, request: Request) -> str | None:
+        """Why the portable kernel is faster at a request, or None."""
+        size = sizes_of(request)
+        span = size.seq_len_k
+        if size.left is not None:
+            span = min(span, size.left + (size.right or 0) + 1)
+        rows = size.batch * size.seq_len_q
+        if request.packed is not None:
+            rows = min(rows, request.query_shape[0])
+        if size.seq_len_q < FEWEST_ROWS:
+            return f"fewer than {FEWEST_ROWS} queries: most of a tile would be empty"
+        if size.seq_len_q * size.seq_len_k < self.worth.head:
+            return f"less than {self.worth.head} pairs of a row and a key in a head"
+        if rows * size.heads * span < self.worth.call:
+            return f"less than {self.worth.call >> 20} * 2^20 pairs of a row and a key"
+        return None
+
 
 ANY = 1 << 31
 """More rows than any sequence has."""
 
-# (narrowest, widest) head dim and mask -> tiles by the number of query rows, and the reason.
-_FORWARD: dict[tuple[int, int, Mask], tuple[tuple[int, HopperTile], ...]] = {
+ALWAYS = Worth(0, 0)
+
+# (narrowest, widest) head dim and mask -> tiles by the number of query rows, and the reason; and
+# from where on they are worth it, found on shapes from 1 x 8 heads of 256 rows to 8192 rows.
+_FORWARD: dict[tuple[int, int, Mask], tuple[tuple[tuple[int, HopperTile], ...], Worth]] = {
     # Three consumers hide more of the exponentials, which take as long as the products here.
-    (40, 64, "none"): ((ANY, HopperTile(192, 128, 64, 3, drawn=False, own_o=True)),),
-    (40, 64, "causal"): (
-        # Fewer keys in vain: 0.89 against 0.73 of cuDNN's speed at 1024, 0.98 against 0.96 at 4096.
-        (4096, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),
-        (ANY, HopperTile(192, 128, 64, 3, drawn=True, own_o=True)),
+    (40, 64, "none"): (
+        ((ANY, HopperTile(192, 128, 64, 3, drawn=False, own_o=True)),),
+        Worth(head=1 << 18, call=64 << 20),
     ),
-    (72, 128, "none"): ((ANY, HopperTile(128, 128, 128, 2, drawn=False, own_o=True)),),
-    (72, 128, "causal"): ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+    (40, 64, "causal"): (
+        (
+            # Fewer keys in vain: 0.89 against 0.73 of cuDNN's speed at 1024, 0.98 against 0.96 at
+            # 4096.
+            (4096, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),
+            (ANY, HopperTile(192, 128, 64, 3, drawn=True, own_o=True)),
+        ),
+        Worth(head=1 << 14, call=32 << 20),
+    ),
+    # Fewer rows than of a full mask: what a tile sees beyond its rows' windows is in vain.
+    (40, 64, "window"): (
+        ((ANY, HopperTile(128, 128, 64, 3, drawn=True, own_o=True)),),
+        Worth(head=1 << 14, call=32 << 20),
+    ),
+    (72, 128, "none"): (
+        ((ANY, HopperTile(128, 128, 128, 2, drawn=False, own_o=True)),),
+        Worth(head=1 << 14, call=0),
+    ),
+    (72, 128, "causal"): (
+        ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+        Worth(head=1 << 14, call=12 << 20),
+    ),
+    (72, 128, "window"): (
+        ((ANY, HopperTile(128, 128, 128, 2, drawn=True, own_o=True)),),
+        Worth(head=1 << 14, call=12 << 20),
+    ),
     # 128 keys do not fit, nor does an output of its own.
-    (136, 256, "none"): ((ANY, HopperTile(128, 64, 256, 2, drawn=False, own_o=False)),),
-    (136, 256, "causal"): ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+    (136, 256, "none"): (
+        ((ANY, HopperTile(128, 64, 256, 2, drawn=False, own_o=False)),),
+        ALWAYS,
+    ),
+    (136, 256, "causal"): (
+        ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+        ALWAYS,
+    ),
+    (136, 256, "window"): (
+        ((ANY, HopperTile(128, 64, 256, 2, drawn=True, own_o=False)),),
+        ALWAYS,
+    ),
 }
 
 
@@ -145,20 +210,27 @@ def choose(situation: Situation) -> Choice:
     if reason is None and situation.direction == "backward":
         return _choose_backward(situation)
     if reason is None:
-        for (narrowest, widest, mask), tiles in _FORWARD.items():
+        for (narrowest, widest, mask), (tiles, worth) in _FORWARD.items():
             if narrowest <= situation.head_dim <= widest and mask == situation.mask:
-                return Choice(tiles, None)
+                if situation.varlen:  # tiles of sequences of different lengths cannot be dealt
+                    tiles = tuple((rows, replace(tile, drawn=True)) for rows, tile in tiles)
+                return Choice(tiles, worth, None)
         reason = _why_padding(situation.head_dim)
-    return Choice((), reason)
+    return Choice((), ALWAYS, reason)
 
 
 def _choose_backward(situation: Situation) -> Choice:
     tile = tile_of(situation.head_dim)
-    if tile is None:
-        return Choice((), _why_padding(situation.head_dim))
-    if situation.deterministic and not tile.own_dq:
-        return Choice((), "deterministic gradients: the Hopper kernel adds to dQ in any order")
-    return Choice((), None, tile)
+    reason = None
+    if situation.varlen:
+        reason = "packed sequences"
+    elif situation.mask == "window":
+        reason = "a window"
+    elif tile is None:
+        reason = _why_padding(situation.head_dim)
+    elif situation.deterministic and not tile.own_dq:
+        reason = "deterministic gradients: the Hopper kernel adds to dQ in any order"
+    return Choice((), ALWAYS, reason, tile if reason is None else None)
 
 
 def _why_padding(head_dim: int) -> str:
@@ -173,10 +245,6 @@ def _why_portable(situation: Situation) -> str | None:
         return untested
     if situation.asked == "portable":
         return f"{KERNELS} asks for it"
-    if situation.varlen:
-        return "packed sequences"
-    if situation.mask == "window":
-        return "a window"
     return None
 
 
@@ -217,25 +285,25 @@ def situation_of(
     deterministic: bool = False,
 ) -> Situation:
     """The situation of a request."""
-    size = sizes_of(request)
-    mask: Mask = "none"
-    if size.left is not None or (size.right is not None and not request.causal):
-        mask = "window"
-    elif size.right is not None:
-        mask = "causal"
-    varlen = request.packed is not None
     return Situation(
         device.architecture,
         triton,
         gluon,
-        size.head_dim,
+        request.query_shape[-1],
         dtype,
-        mask,
+        _mask_of(request),
         direction,
-        varlen,
+        request.packed is not None,
         asked,
         deterministic,
     )
+
+
+def _mask_of(request: Request) -> Mask:
+    size = sizes_of(request)
+    if size.left is not None or (size.right is not None and not request.causal):
+        return "window"
+    return "none" if size.right is None else "causal"
 
 
 SMALLEST_SCALE = 1e-30
@@ -247,23 +315,19 @@ def why_not_this_call(
     strides: tuple[Strides, ...],
     alignment: int,
     scale: Scale,
-    asked: Asked = "fastest",
 ) -> str | None:
-    """Why a dense call that the table gives to the Hopper forward cannot go there, or None.
+    """Why a call that the table gives to the Hopper forward cannot go there, or None.
 
     Args:
         request: What.
-        strides: Of query, key, value and out, [B, S, H, D].
+        strides: Of query, key, value and out.
         alignment: Bit i: tensor i starts at a multiple of 16 bytes.
         scale: The call's.
-        asked: With "hopper", the portable kernel being faster is no reason.
     """
     if scale != "positive":
         return "a scale that is zero, or nearly, or negative"
     if 0 in request.query_shape or 0 in request.key_shape:
         return "no queries or no keys"
-    if request.query_shape[1] < FEWEST_ROWS:
-        return f"fewer than {FEWEST_ROWS} queries: most of a tile would be empty"
     if alignment & 0b1111 != 0b1111:
         return "a tensor does not start at a multiple of 16 bytes"
     for shape, given in zip(_shapes(request), strides, strict=True):
@@ -284,7 +348,7 @@ FEWEST_ROWS = 64
 class Tensor4(NamedTuple):
     """One tensor as TMA sees it."""
 
-    shape: tuple[int, ...]  # [B, H, S, D]
+    shape: tuple[int, ...]  # [B, H, S, D], packed [1, H, T, D]
     strides: tuple[int, ...]
     block: tuple[int, ...]  # [1, 1, rows, D of the tile]
 
@@ -295,15 +359,17 @@ class HopperPlan:
 
     Attributes:
         tile: How it is cut.
-        causal: Whether it is masked.
-        tail: Whether the last block of keys is not full, where nothing else masks it.
+        mask: How it is masked.
+        varlen: Whether sequences are packed.
+        tail: Whether the last block of keys may not be full, where nothing else masks it.
         programs: The grid, one-dimensional.
         tensors: Query, key, value and out.
         scalars: The int arguments, in the kernel's order.
     """
 
     tile: HopperTile
-    causal: bool
+    mask: Mask
+    varlen: bool
     tail: bool
     programs: int
     tensors: tuple[Tensor4, Tensor4, Tensor4, Tensor4]
@@ -322,11 +388,13 @@ def plan_hopper_forward(
     Args:
         device: Where.
         request: What.
-        strides: Of query, key, value and out, [B, S, H, D].
+        strides: Of query, key, value and out.
         tile: How it is cut.
     """
     size = sizes_of(request)
-    causal = size.right is not None
+    mask = _mask_of(request)
+    varlen = request.packed is not None
+    everything = size.seq_len_q + size.seq_len_k
     group = size.heads // size.heads_kv
     blocks = -(-size.seq_len_q // tile.m)
     heads_total = size.batch * size.heads
@@ -340,16 +408,19 @@ def plan_hopper_forward(
     )
     return HopperPlan(
         tile,
-        causal,
-        tail=not causal and size.seq_len_k % tile.n != 0,
+        mask,
+        varlen,
+        tail=mask == "none" and (varlen or size.seq_len_k % tile.n != 0),
         programs=min(device.multiprocessors, tiles),
         tensors=(query, key, value, out),
         scalars=(
             size.heads,
             group,
             heads_total,
-            size.seq_len_q,
-            size.seq_len_k,
+            request.query_shape[-3],
+            request.key_shape[-3],
+            everything if size.left is None else size.left,
+            everything if size.right is None else size.right,
             tiles,
             blocks,
             min(section, max(group, SIDE_BY_SIDE)),
@@ -362,6 +433,8 @@ def _shapes(request: Request) -> tuple[tuple[int, ...], ...]:
 
 
 def _tensor(shape: tuple[int, ...], strides: Strides, rows: int, columns: int) -> Tensor4:
+    if len(shape) == 3:  # packed: one long sequence
+        shape, strides = (1, *shape), (0, *strides)
     batch, seq_len, heads, head_dim = shape
     # A dimension of size 1 may have any stride in torch; TMA wants one that is valid.
     used = [stride if size > 1 else head_dim for size, stride in zip(shape, strides, strict=True)]

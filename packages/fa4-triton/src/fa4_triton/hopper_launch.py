@@ -21,7 +21,7 @@ from fa4_triton.launch import Launcher, launcher_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa4_triton.hopper import HopperPlan, HopperTile
+    from fa4_triton.hopper import HopperPlan, HopperTile, Mask
 
 __all__ = ["HopperForward", "config_of"]
 
@@ -31,7 +31,7 @@ LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 
-def config_of(tile: HopperTile, causal: bool, tail: bool) -> Config:
+def config_of(tile: HopperTile, mask: Mask, varlen: bool, tail: bool) -> Config:
     """What the kernel is compiled for."""
     consumer_registers, producer_registers = _REGISTERS[tile.m // 64]
     return Config(
@@ -39,7 +39,9 @@ def config_of(tile: HopperTile, causal: bool, tail: bool) -> Config:
         n=tile.n,
         d=tile.d,
         stages=tile.stages,
-        causal=causal,
+        causal=mask == "causal",
+        window=mask == "window",
+        varlen=varlen,
         tail=tail,
         drawn=tile.drawn,
         own_o=tile.own_o,
@@ -118,7 +120,7 @@ class HopperForward:
         self,
         device: int,
         plan: HopperPlan,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Any, ...],
         pointers: list[int],
         floats: tuple[float, ...],
     ) -> None:
@@ -127,13 +129,13 @@ class HopperForward:
         Args:
             device: Index.
             plan: How.
-            tensors: Query, key, value, out, lse, and what packed sequences need.
-            pointers: Their addresses.
+            tensors: Query, key, value, out, lse and the offsets of packed sequences, or None.
+            pointers: Their addresses; 0 for None.
             floats: |scale| * log2(e), and lse of rows without keys.
         """
         stream = driver.active.get_current_stream(device)
-        q, k, v, out, lse = pointers[:5]
-        # Where tiles are dealt no counter is read: any address will do.
+        # What is not read may have any address: the counter of tiles that are dealt, and the
+        # offsets of a dense batch.
         counter = _counter(device, stream) if self._config.drawn else tensors[4]
         known = self._launchers.get(device)
         if known is not None:
@@ -143,24 +145,21 @@ class HopperForward:
                 1,
                 stream,
                 *known.fixed,
-                *_encoded(self, plan, 0, q),
-                *_encoded(self, plan, 1, k),
-                *_encoded(self, plan, 2, v),
-                *_encoded(self, plan, 3, out),
-                q,
-                k,
-                v,
-                lse,
+                *_encoded(self, plan, 0, pointers[0]),
+                *_encoded(self, plan, 1, pointers[1]),
+                *_encoded(self, plan, 2, pointers[2]),
+                *_encoded(self, plan, 3, pointers[3]),
+                *pointers,
                 counter.data_ptr(),
                 *floats,
                 *plan.scalars,
                 self._config,
             )
             return
+        unused = tensors[4].view(torch.int32)
         compiled = hopper_forward_kernel[(plan.programs,)](
             *map(_descriptor, tensors[:4], plan.tensors),
-            *tensors[:3],
-            tensors[4],
+            *(unused if tensor is None else tensor for tensor in tensors),
             counter.view(torch.int32),
             *floats,
             *plan.scalars,
@@ -188,9 +187,9 @@ class HopperForward:
         ints = len(names) - names.index("heads") - 1  # between the floats and the configuration
         return hopper_forward_kernel.warmup(
             *(rows, keys, keys, rows),
-            *(self.dtype,) * 3,
+            *(self.dtype,) * 4,
             torch.float32,
-            torch.int32,
+            *(torch.int32,) * 3,
             0.0,
             0.0,
             *(0,) * ints,

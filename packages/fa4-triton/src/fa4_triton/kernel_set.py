@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,12 +38,10 @@ from fa4_triton.plan import (
     plan_key_gradients,
     plan_queries,
     request_of,
+    sizes_of,
 )
 from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
-from flash_attention_registry.sdpa import Capabilities, count_kernel
-
-if TYPE_CHECKING:
-    from flash_attention_registry.sdpa import AttentionCall
+from flash_attention_registry.sdpa import AttentionCall, Capabilities, count_kernel
 
 __all__ = ["ASKED", "CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats", "variants_of"]
 
@@ -104,14 +102,38 @@ class _Forward(NamedTuple):
         plan: How it is launched.
         scalars: The portable kernel's int arguments.
         counted: What `count_kernel` is told; None where there is no choice.
-        like_lse: A tensor without memory that lse looks like.
     """
 
     variant: Any
     plan: Any
     scalars: tuple[int, ...]
     counted: str | None
-    like_lse: Tensor
+
+    def launch(
+        self,
+        device_index: int,
+        tensors: tuple[Tensor | None, ...],
+        pointers: list[int],
+        scale: float,
+        lse_of_empty_rows: float,
+    ) -> None:
+        """Launch with query, key, value, out, lse and the offsets of packed sequences, or None."""
+        if self.counted is not None:
+            count_kernel(self.counted)
+        floats = (abs(scale) * _LOG2_E, lse_of_empty_rows, *self.scalars)
+        self.variant.launch(device_index, self.plan, tensors, pointers, floats)
+
+
+def _kind_of(scale: float) -> Scale:
+    if scale > SMALLEST_SCALE:
+        return "positive"
+    return "negative" if scale < 0 else "small"
+
+
+_looks: dict[tuple[object, ...], _Forward | str] = {}
+"""What serves calls of `forward_heads_first`, or why not, by all that decides it."""
+
+_MOST_LOOKS = 4096
 
 
 @lru_cache(maxsize=4096)
@@ -125,7 +147,6 @@ def _forward_of(
 ) -> _Forward:
     """The forward that serves a request: Hopper's own, or the portable one for a reason."""
     device = _device(device_index)
-    like_lse = _without_memory(row_stats_shape(request.query_shape), torch.float32, device_index)
     counted = None
     if device.architecture == "hopper":
         situation = situation_of(
@@ -138,27 +159,22 @@ def _forward_of(
             asked=ASKED,
         )
         choice = choose(situation)
-        reason = choice.reason or why_not_this_call(request, strides, alignment, scale, ASKED)
+        reason = choice.reason or why_not_this_call(request, strides, alignment, scale)
+        if reason is None and ASKED != "hopper":
+            reason = choice.why_too_small(request)
         if reason is None:
             from fa4_triton.hopper_launch import config_of
 
-            tile = choice.tile(request.query_shape[1])
+            tile = choice.tile(sizes_of(request).seq_len_q)
             plan = plan_hopper_forward(device, request, strides, tile)
-            variant = _hopper_variant(config_of(tile, plan.causal, plan.tail), dtype)
-            return _Forward(variant, plan, (), "fa4-triton's Hopper forward", like_lse)
+            config = config_of(tile, plan.mask, plan.varlen, plan.tail)
+            variant = _hopper_variant(config, dtype)
+            return _Forward(variant, plan, (), "fa4-triton's Hopper forward")
         counted = f"fa4-triton's portable forward: {reason}"
     variant, programs, scalars = _launch_of(
         "forward", device_index, dtype, request, strides, alignment, scale == "negative"
     )
-    return _Forward(variant, programs, scalars, counted, like_lse)
-
-
-def _without_memory(shape: tuple[int, ...], dtype: torch.dtype, device_index: int) -> Tensor:
-    """A tensor to make others like: `empty_like` takes half the time of `empty`."""
-    device = torch.device("cuda", device_index) if device_index >= 0 else torch.device("cpu")
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    tensor.untyped_storage().resize_(0)
-    return tensor
+    return _Forward(variant, programs, scalars, counted)
 
 
 _hopper_backward_variants: dict[Any, Any] = {}
@@ -348,16 +364,11 @@ def empty_like(tensor: Tensor) -> Tensor:
     return made if made.stride(-1) == 1 else tensor.new_empty(tensor.shape)
 
 
-def row_stats_shape(query_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
-    if len(query_shape) == 4:
-        return query_shape[0], query_shape[2], query_shape[1]
-    return query_shape[1], query_shape[0]
-
-
 def empty_row_stats(query: Tensor) -> Tensor:
-    """Uninitialised fp32, one number a row."""
-    return query.new_empty(row_stats_shape(query.shape), dtype=torch.float32)
+    """Uninitialised fp32, one number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
+    shape = query.shape
+    stats = (shape[0], shape[2], shape[1]) if len(shape) == 4 else (shape[1], shape[0])
+    return query.new_empty(stats, dtype=torch.float32)
 
 
 class TritonKernels:
@@ -384,32 +395,77 @@ class TritonKernels:
         """
         query, key, value = call.query, call.key, call.value
         out = empty_like(query) if call.out is None else call.out
-        pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()]
-        device_index = query.get_device()
+        lse = empty_row_stats(query)
+        tensors = (query, key, value, out, lse, call.cu_seqlens_query, call.cu_seqlens_key)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         scale = call.scale
         chosen = _forward_of(
-            device_index,
+            query.get_device(),
             query.dtype,
             request_of(call),
             (query.stride(), key.stride(), value.stride(), out.stride()),
-            _alignment(pointers),
-            "positive" if scale > SMALLEST_SCALE else "negative" if scale < 0 else "small",
+            _alignment(pointers[:4]),
+            _kind_of(scale),
         )
-        if chosen.counted is not None:
-            count_kernel(chosen.counted)
-        lse = torch.empty_like(chosen.like_lse)
-        cu_seqlens_query, cu_seqlens_key = call.cu_seqlens_query, call.cu_seqlens_key
-        pointers.append(lse.data_ptr())
-        pointers.append(0 if cu_seqlens_query is None else cu_seqlens_query.data_ptr())
-        pointers.append(0 if cu_seqlens_key is None else cu_seqlens_key.data_ptr())
-        chosen.variant.launch(
-            device_index,
-            chosen.plan,
-            (query, key, value, out, lse, cu_seqlens_query, cu_seqlens_key),
-            pointers,
-            (abs(scale) * _LOG2_E, call.lse_of_empty_rows, *chosen.scalars),
-        )
+        chosen.launch(query.get_device(), tensors, pointers, scale, call.lse_of_empty_rows)
         return out, lse
+
+    def forward_heads_first(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+        lse_of_empty_rows: float,
+    ) -> str | None:
+        """Attention of one dense call whose tensors are [B, H, S, D]; see `HeadsFirst`."""
+        pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()]
+        device_index = query.get_device()
+        look = (
+            device_index,
+            query.dtype,
+            query.shape,
+            key.shape,
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            out.stride(),
+            _alignment(pointers),
+            _kind_of(scale),
+            causal,
+        )
+        chosen = _looks.get(look)
+        if chosen is None:
+            chosen = self._forward_heads_first_of(query, key, value, out, scale, causal)
+            if len(_looks) >= _MOST_LOOKS:
+                _looks.clear()
+            _looks[look] = chosen
+        if isinstance(chosen, str):
+            return chosen
+        pointers += (lse.data_ptr(), 0, 0)
+        tensors = (query, key, value, out, lse, None, None)
+        chosen.launch(device_index, tensors, pointers, scale, lse_of_empty_rows)
+        return None
+
+    def _forward_heads_first_of(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, causal: bool
+    ) -> _Forward | str:
+        views = [tensor.transpose(1, 2) for tensor in (query, key, value, out)]
+        call = AttentionCall(views[0], views[1], views[2], scale, causal, out=views[3])
+        reason = self.supports(call)
+        if reason is not None:
+            return reason
+        return _forward_of(
+            query.get_device(),
+            query.dtype,
+            request_of(call),
+            tuple([view.stride() for view in views]),
+            _alignment([view.data_ptr() for view in views]),
+            _kind_of(scale),
+        )
 
     def backward(
         self,

@@ -18,7 +18,7 @@ from fa4_triton import interpreter
 from fa4_triton.plan import Constants
 from fa4_triton.tiles import Tile
 
-__all__ = ["Launcher", "Variant", "launcher_of"]
+__all__ = ["Launcher", "Variant", "constant_arguments", "launcher_of"]
 
 # What stands behind CompiledKernel.run is not public; in these versions it is as used below.
 _DIRECT_LAUNCH = triton.__version__.startswith("3.6.")
@@ -53,7 +53,7 @@ def launcher_of(compiled: Any) -> Launcher | None:
     return Launcher(launch, fixed)
 
 
-def _constant_arguments(kernel: Any, tile: Tile, constants: Constants) -> tuple[Any, ...]:
+def constant_arguments(kernel: Any, tile: Tile, constants: Constants) -> tuple[Any, ...]:
     """The kernel's constexpr arguments in its order; they come last."""
     values = {
         "M": tile.m,
@@ -84,7 +84,7 @@ class Variant:
         self._kernel = kernel
         self._dtype = dtype
         self._varlen = constants.varlen
-        self.constants = _constant_arguments(kernel, tile, constants)
+        self.constants = constant_arguments(kernel, tile, constants)
         self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
         self._launchers: dict[int, Launcher] = {}
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fa4_triton.evidence import why_slower
 from flash_attention_registry import before_using_cuda
 
 if TYPE_CHECKING:
@@ -34,14 +35,6 @@ OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 OLDEST_GPU = (8, 0)
 """The lowest compute capability that the kernels compile for."""
 
-AGAINST: dict[tuple[int, int], str | None] = {
-    (9, 0): "on compute capability 9.0 packed sequences, windows and deterministic gradients run "
-    "on portable kernels, which cuDNN's attention beats; for other dense calls these kernels are "
-    "1.09 (forward) and 1.14 times (backward) as fast as it, on average",
-}
-"""Measured compute capabilities -> what the measurements say against these kernels; None where
-they win against what torch would run."""
-
 
 def why_unavailable() -> str | None:
     """Return why the kernels cannot run on this machine and what to do about it, or None."""
@@ -63,8 +56,7 @@ def why_not_recommended() -> str | None:
             f"torch's own kernels. {_by_name()}"
         )
     for capability in _served_capabilities():
-        unknown = f"not yet measured against stock on compute capability {_dotted(capability)}"
-        reason = AGAINST.get(capability, unknown)
+        reason = why_slower(capability)
         if capability[0] == 9:
             reason = _why_portable_only() or reason
         if reason is not None:

@@ -16,7 +16,7 @@ This package imports torch; `flash_attention_registry` itself never imports it.
 from flash_attention_registry.default import default_registry
 
 from .call import AttentionCall
-from .capabilities import Capabilities, Determinism, Feature, KernelSet
+from .capabilities import Capabilities, Determinism, Feature, HeadsFirst, KernelSet
 from .counters import (
     DispatchCounts,
     OpCounts,
@@ -33,6 +33,7 @@ __all__ = [
     "Determinism",
     "DispatchCounts",
     "Feature",
+    "HeadsFirst",
     "InstalledKernels",
     "KernelSet",
     "NativeKernels",

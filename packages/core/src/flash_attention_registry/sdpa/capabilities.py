@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .call import AttentionCall
 
-__all__ = ["Capabilities", "Determinism", "Feature", "KernelSet"]
+__all__ = ["Capabilities", "Determinism", "Feature", "HeadsFirst", "KernelSet"]
 
 Feature: TypeAlias = Literal[
     "alibi_slopes",
@@ -177,4 +177,40 @@ class KernelSet(Protocol):
 
         Returns:
             Gradients of query, key and value, each shaped and typed like its tensor.
+        """
+
+
+class HeadsFirst(Protocol):
+    """What a kernel set may have beside `KernelSet`: SDPA's forward, in SDPA's own layout.
+
+    For kernels so fast, on small tensors, that the host's time is what a call costs: four views and
+    an `AttentionCall` take a fifth of it. Serves what `supports` and `forward` would, with the same
+    bits, and is called as they are.
+    """
+
+    def forward_heads_first(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+        lse_of_empty_rows: float,
+    ) -> str | None:
+        """Write the results of one dense call without a window or a bias.
+
+        Args:
+            query: `[B, Hq, Sq, D]`, otherwise as in `AttentionCall`.
+            key: `[B, Hkv, Sk, D]`.
+            value: Shaped like `key`.
+            out: Shaped like `query`, contiguous last dimension, else arbitrary strides; written.
+            lse: float32 contiguous, one number for each row of `query`; written.
+            scale: As in `AttentionCall`, as are all that follow.
+            causal: No key after the diagonal.
+            lse_of_empty_rows: What lse reads for a row that sees no key.
+
+        Returns:
+            None, or the reason why the call is declined.
         """

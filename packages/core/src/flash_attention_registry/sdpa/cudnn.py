@@ -68,14 +68,24 @@ def sdpa_cudnn(
             return reason
     if is_causal and query.shape != key.shape and query.shape[-2:-1] != key.shape[-2:-1]:
         return _CAUSAL_UNEQUAL
-    served = serve_bhsd(kernels, query, key, value, scale, is_causal, LSE_OF_EMPTY_ROWS, attn_bias)
+    served = serve_bhsd(
+        kernels,
+        query,
+        key,
+        value,
+        scale,
+        is_causal,
+        LSE_OF_EMPTY_ROWS,
+        attn_bias,
+        lse_column=True,
+    )
     if isinstance(served, str):
         return served
     out, lse = served
     device = query.device
     offset = torch.empty_like(pattern((), torch.int64, device))
     rows, columns = query.shape[2], key.shape[2]
-    return out, lse.unsqueeze(-1), None, None, rows, columns, _marked_seed(device), offset, None
+    return out, lse, None, None, rows, columns, _marked_seed(device), offset, None
 
 
 def sdpa_cudnn_backward(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +20,13 @@ __all__ = [
     "pattern",
     "run_backward",
     "run_forward",
+    "run_heads_first",
     "serve_bhsd",
     "serve_bhsd_backward",
 ]
+
+
+Shortcut: TypeAlias = Callable[..., "str | None"]
 
 
 class ActiveKernels:
@@ -30,6 +36,7 @@ class ActiveKernels:
     its slot is not touched by a switch in another thread.
 
     Attributes:
+        forward_heads_first: The kernel set's shortcut (`HeadsFirst`), None if it has none.
         strict: Whether a call that is not served is an error.
         native: What takes calls before they come to a router, None if nothing does.
     """
@@ -37,6 +44,7 @@ class ActiveKernels:
     __slots__ = (
         "backward",
         "forward",
+        "forward_heads_first",
         "kernel_set",
         "name",
         "native",
@@ -56,6 +64,7 @@ class ActiveKernels:
         self.supports = kernel_set.supports
         self.forward = kernel_set.forward
         self.backward = kernel_set.backward
+        self.forward_heads_first: Shortcut | None = getattr(kernel_set, "forward_heads_first", None)
         self.reason_against_backward = kernel_set.capabilities.reason_to_decline_backward
 
 
@@ -85,6 +94,15 @@ def run_forward(kernels: ActiveKernels, call: AttentionCall, target: Tensor) -> 
     if out is not target:
         target.copy_(out)
     return lse
+
+
+def run_heads_first(shortcut: Shortcut, query: Tensor, *tensors_and_options: Any) -> str | None:
+    """Run `HeadsFirst.forward_heads_first` on its tensors' device."""
+    device_index = query.get_device()
+    if device_index >= 0 and device_index != torch.cuda.current_device():
+        with torch.cuda.device(device_index):
+            return shortcut(query, *tensors_and_options)
+    return shortcut(query, *tensors_and_options)
 
 
 def run_backward(
@@ -132,6 +150,8 @@ def serve_bhsd(
     causal: bool,
     lse_of_empty_rows: float,
     attn_bias: Tensor | None = None,
+    *,
+    lse_column: bool = False,
 ) -> tuple[Tensor, Tensor] | str:
     """Serve a dense forward of an op that keeps heads before rows.
 
@@ -144,28 +164,41 @@ def serve_bhsd(
         causal: Bottom-right aligned.
         lse_of_empty_rows: The op's convention.
         attn_bias: Broadcastable to `[B, Hq, Sq, Sk]`.
+        lse_column: Whether lse is to have a last dimension of 1.
 
     Returns:
-        out `[B, Hq, Sq, D]` with the query's strides and lse `[B, Hq, Sq]`, or the reason to
-        decline.
+        out `[B, Hq, Sq, D]` with the query's strides and lse `[B, Hq, Sq]` or `[B, Hq, Sq, 1]`, or
+        the reason to decline.
     """
     reason = reason_of_dense(query, key, value, 1)
     if reason is not None:
         return reason
     out = torch.empty_like(query)
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    shortcut = kernels.forward_heads_first
+    if shortcut is not None and attn_bias is None and out.stride()[3] == 1:
+        batch, heads, rows, _ = query.shape
+        shape = (batch, heads, rows, 1) if lse_column else (batch, heads, rows)
+        lse = torch.empty_like(pattern(shape, torch.float32, query.device))
+        reason = run_heads_first(
+            shortcut, query, key, value, out, lse, factor, causal, lse_of_empty_rows
+        )
+        return (out, lse) if reason is None else reason
     target = out.transpose(1, 2)
     call = AttentionCall(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        query.shape[3] ** -0.5 if scale is None else scale,
+        factor,
         causal,
         out=target,
         lse_of_empty_rows=lse_of_empty_rows,
         attn_bias=attn_bias,
     )
-    lse = run_forward(kernels, call, target)
-    return lse if isinstance(lse, str) else (out, lse)
+    found = run_forward(kernels, call, target)
+    if isinstance(found, str):
+        return found
+    return out, found.unsqueeze(-1) if lse_column else found
 
 
 def serve_bhsd_backward(
@@ -240,7 +273,7 @@ def _strides_of_empty_like(shape: torch.Size, strides: tuple[int, ...]) -> tuple
     return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without memory, to make others like it.
 

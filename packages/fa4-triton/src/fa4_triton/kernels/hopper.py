@@ -45,15 +45,26 @@ class Grid(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is computed; scalars. Sizes are those of every sequence and head."""
+    """What is computed; scalars."""
 
-    lse: Any  # pointer to [B, Hq, Sq] fp32
+    lse: Any  # pointer to [B, Hq, Sq] fp32, or [Hq, Tq] of packed sequences
     scale_log2: Any  # scale * log2(e), not negative
     lse_of_empty: Any  # lse of rows without keys
-    queries: Any  # Sq
-    keys: Any  # Sk
+    queries: Any  # Sq, or Tq
+    keys: Any  # Sk, or Tk
     heads: Any  # Hq
     group: Any  # Hq // Hkv
+    left: Any  # keys seen before the diagonal, of a window
+    right: Any  # and after it
+
+
+class Sequence(NamedTuple):
+    """Sizes of one sequence and where it begins; scalars."""
+
+    queries: Any
+    keys: Any
+    first_query: Any  # row of the packed tensors; 0 of a dense batch
+    first_key: Any
 
 
 @gluon.jit
@@ -123,6 +134,7 @@ class Board(NamedTuple):
     block: Any  # [2, 1] int32 in shared memory; -1: no tile is left
     batch: Any
     head: Any
+    sequence: Any  # [8, 1], a `Sequence` a slot; of packed sequences only
     ring: Any
 
 
@@ -134,32 +146,61 @@ def make_board(CONSUMERS: gl.constexpr):
         gl.allocate_shared_memory(gl.int32, [2, 1], word),
         gl.allocate_shared_memory(gl.int32, [2, 1], word),
         gl.allocate_shared_memory(gl.int32, [2, 1], word),
+        gl.allocate_shared_memory(gl.int32, [8, 1], word),
         make_ring(2, CONSUMERS),
     )
 
 
 @gluon.jit
-def publish(board, slot, phase, block, batch, head):
-    """Write where the next tile lies. Called by one warp."""
+def publish(board, slot, phase, block, batch, head, sequence=None, VARLEN: gl.constexpr = False):
+    """Write where the next tile lies, and with VARLEN the `Sequence`. Called by one warp."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     zero = gl.full([1], 0, gl.int32, layout)
     mbarrier.wait(board.ring.empty.index(slot), phase ^ 1)
     board.block.index(slot).store(zero + block)
     board.batch.index(slot).store(zero + batch)
     board.head.index(slot).store(zero + head)
+    if VARLEN:
+        board.sequence.index(4 * slot).store(zero + sequence.queries)
+        board.sequence.index(4 * slot + 1).store(zero + sequence.keys)
+        board.sequence.index(4 * slot + 2).store(zero + sequence.first_query)
+        board.sequence.index(4 * slot + 3).store(zero + sequence.first_key)
     mbarrier.arrive(board.ring.full.index(slot), count=1)
+
+
+@gluon.jit
+def _word(words, index, WARPS: gl.constexpr = 4):
+    """A number on the board. Called by as many warps as there are."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.max(words.index(index).load(layout), 0)
 
 
 @gluon.jit
 def published(board, slot, phase, WARPS: gl.constexpr = 4):
     """(block, batch, head) of the next tile. Called by as many warps as there are."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(board.ring.full.index(slot), phase)
-    block = gl.max(board.block.index(slot).load(layout), 0)
-    batch = gl.max(board.batch.index(slot).load(layout), 0)
-    head = gl.max(board.head.index(slot).load(layout), 0)
+    block = _word(board.block, slot, WARPS)
+    batch = _word(board.batch, slot, WARPS)
+    head = _word(board.head, slot, WARPS)
     mbarrier.arrive(board.ring.empty.index(slot), count=1)
     return block, batch, head
+
+
+@gluon.jit
+def published_packed(board, slot, phase):
+    """As `published`, and the `Sequence` that the tile belongs to."""
+    mbarrier.wait(board.ring.full.index(slot), phase)
+    block = _word(board.block, slot)
+    batch = _word(board.batch, slot)
+    head = _word(board.head, slot)
+    sequence = Sequence(
+        _word(board.sequence, 4 * slot),
+        _word(board.sequence, 4 * slot + 1),
+        _word(board.sequence, 4 * slot + 2),
+        _word(board.sequence, 4 * slot + 3),
+    )
+    mbarrier.arrive(board.ring.empty.index(slot), count=1)
+    return block, batch, head, sequence
 
 
 @gluon.jit
@@ -179,16 +220,45 @@ def place(tile, grid):
 
 
 @gluon.jit
-def blocks_seen(row, COUNT: gl.constexpr, problem, N: gl.constexpr, CAUSAL: gl.constexpr):
+def sequence_of(cu_seqlens_q, cu_seqlens_k, batch):
+    """The `Sequence` number `batch`, from offsets [B + 1] int32."""
+    first_query = gl.load(cu_seqlens_q + batch)
+    first_key = gl.load(cu_seqlens_k + batch)
+    queries = gl.load(cu_seqlens_q + batch + 1) - first_query
+    keys = gl.load(cu_seqlens_k + batch + 1) - first_key
+    return Sequence(queries, keys, first_query, first_key)
+
+
+@gluon.jit
+def blocks_seen(row, COUNT: gl.constexpr, sequence, N: gl.constexpr, CAUSAL: gl.constexpr):
     """(seen, whole): blocks of N keys that rows `row ... row + COUNT` see, and those seen whole.
 
     Counted from the first key. Never less than one is seen, so that rows without keys need no
     code of their own.
     """
-    seen = problem.keys
-    whole = problem.keys
+    seen = sequence.keys
+    whole = sequence.keys
     if CAUSAL:
-        shift = problem.keys - problem.queries
+        shift = sequence.keys - sequence.queries
         seen = gl.minimum(seen, row + COUNT + shift)
         whole = gl.maximum(gl.minimum(whole, row + 1 + shift), 0)
     return gl.maximum((seen + N - 1) // N, 1), whole // N
+
+
+@gluon.jit
+def blocks_in_window(row, sequence, problem, N: gl.constexpr):
+    """(low, whole_low, whole_high, high): blocks of N keys that ROWS rows from `row` on see.
+
+    Blocks from `low` to before `high` are seen by some row, those from `whole_low` to before
+    `whole_high` by every row, whole. One block at least, as in `blocks_seen`; all four rise with
+    `row`, and `whole_low` may lie above `whole_high`.
+    """
+    first = row + sequence.keys - sequence.queries
+    last = first + ROWS - 1
+    blocks = gl.maximum((sequence.keys + N - 1) // N, 1)
+    low = gl.minimum(gl.maximum(first - problem.left, 0) // N, blocks - 1)
+    end = gl.maximum(gl.minimum(last + problem.right + 1, sequence.keys), 0)
+    high = gl.maximum((end + N - 1) // N, low + 1)
+    whole_low = (gl.maximum(last - problem.left, 0) + N - 1) // N
+    whole_high = gl.maximum(gl.minimum(first + problem.right + 1, sequence.keys), 0) // N
+    return low, whole_low, whole_high, high

@@ -27,6 +27,8 @@ from fa4_triton.kernels.hopper import (
     Grid,
     Problem,
     Ring,
+    Sequence,
+    blocks_in_window,
     blocks_seen,
     draw,
     following,
@@ -37,9 +39,17 @@ from fa4_triton.kernels.hopper import (
     place,
     publish,
     published,
+    published_packed,
+    sequence_of,
     take_turn,
 )
-from fa4_triton.kernels.hopper_repair import PRODUCT, make_table, repair, source_in
+from fa4_triton.kernels.hopper_repair import (
+    PRODUCT,
+    make_table,
+    repair,
+    source_in,
+    store_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,9 @@ class Config:
         d: Columns, a power of two.
         stages: Slots of K and of V.
         causal: Row i sees the keys up to i + Sk - Sq.
-        tail: Sk is no multiple of `n`.
+        window: Row i sees the keys from i + Sk - Sq - left to i + Sk - Sq + right.
+        varlen: Sequences are packed, whose lengths are in memory.
+        tail: Where nothing else is masked, Sk is no multiple of `n`.
         drawn: Programs draw their tiles from a counter; else tiles are dealt to them in turn.
         own_o: O has a buffer of its own; else it leaves through Q's.
         consumer_registers: Of a consumer's thread.
@@ -64,6 +76,8 @@ class Config:
     d: int
     stages: int
     causal: bool
+    window: bool
+    varlen: bool
     tail: bool
     drawn: bool
     own_o: bool
@@ -101,6 +115,16 @@ class Memory(NamedTuple):
     board: Any
 
 
+class Inputs(NamedTuple):
+    """What the producer reads."""
+
+    q: Any  # descriptors
+    k: Any
+    v: Any
+    cu_seqlens_q: Any  # pointers, of packed sequences only
+    cu_seqlens_k: Any
+
+
 @gluon.jit
 def _load(desc, batch, head, row, ring, slot, phase, block):
     """Copy rows `row ...` of one head into `block`, slot `slot` of a ring, once that is empty."""
@@ -110,10 +134,20 @@ def _load(desc, batch, head, row, ring, slot, phase, block):
 
 
 @gluon.jit
+def _blocks_of_tile(row, sequence, problem, config: gl.constexpr):
+    """(low, high): blocks of keys, the last excluded, that some row of a tile sees."""
+    if config.window:
+        low, _, _, _ = blocks_in_window(row, sequence, problem, config.n)
+        _, _, _, high = blocks_in_window(row + config.m - ROWS, sequence, problem, config.n)
+    else:
+        low = 0
+        high, _ = blocks_seen(row, config.m, sequence, config.n, config.causal)
+    return low, high
+
+
+@gluon.jit
 def _producer(
-    q_desc,
-    k_desc,
-    v_desc,
+    inputs,
     counter,
     memory,
     grid,
@@ -132,29 +166,43 @@ def _producer(
     board_slot = 0
     board_phase = 0
     tile = gl.program_id(0)
+    if config.varlen:
+        sequence = sequence_of(inputs.cu_seqlens_q, inputs.cu_seqlens_k, 0)
+    else:
+        sequence = Sequence(problem.queries, problem.keys, 0, 0)
     while tile < grid.tiles:
         block, batch, head = place(tile, grid)
-        publish(memory.board, board_slot, board_phase, block, batch, head)
-        board_slot, board_phase = following(board_slot, board_phase, 2)
-        head_kv = head // problem.group
-        seen, _ = blocks_seen(block * M, M, problem, N, config.causal)
-        key = (seen - 1) * N
-        k_block = memory.k.index(slot).reshape(k_shape)
-        _load(k_desc, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
-        for who in gl.static_range(CONSUMERS):
-            q_block = memory.q.index(who).reshape(q_shape)
-            _load(q_desc, batch, head, block * M + who * ROWS, memory.q_ring, who, q_phase, q_block)
-        v_block = memory.v.index(slot).reshape(k_shape)
-        _load(v_desc, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
-        slot, phase = following(slot, phase, config.stages)
-        for index in range(1, seen):
-            key = (seen - 1 - index) * N
+        if config.varlen:
+            sequence = sequence_of(inputs.cu_seqlens_q, inputs.cu_seqlens_k, batch)
+            batch = batch * 0
+            there = block * M < sequence.queries
+        else:
+            there = True
+        if there:
+            publish(
+                memory.board, board_slot, board_phase, block, batch, head, sequence, config.varlen
+            )
+            board_slot, board_phase = following(board_slot, board_phase, 2)
+            head_kv = head // problem.group
+            low, high = _blocks_of_tile(block * M, sequence, problem, config)
+            key = sequence.first_key + (high - 1) * N
             k_block = memory.k.index(slot).reshape(k_shape)
-            _load(k_desc, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
+            _load(inputs.k, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
+            for who in gl.static_range(CONSUMERS):
+                row = sequence.first_query + block * M + who * ROWS
+                q_block = memory.q.index(who).reshape(q_shape)
+                _load(inputs.q, batch, head, row, memory.q_ring, who, q_phase, q_block)
             v_block = memory.v.index(slot).reshape(k_shape)
-            _load(v_desc, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
+            _load(inputs.v, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
             slot, phase = following(slot, phase, config.stages)
-        q_phase ^= 1
+            for index in range(1, high - low):
+                key = sequence.first_key + (high - 1 - index) * N
+                k_block = memory.k.index(slot).reshape(k_shape)
+                _load(inputs.k, batch, head_kv, key, memory.k_ring, slot, phase, k_block)
+                v_block = memory.v.index(slot).reshape(k_shape)
+                _load(inputs.v, batch, head_kv, key, memory.v_ring, slot, phase, v_block)
+                slot, phase = following(slot, phase, config.stages)
+            q_phase ^= 1
         if config.drawn:
             # Not before all of this tile is on its way: who draws early keeps a long tile from a
             # program that has nothing to do. The blocks under way hide the counter's latency.
@@ -171,8 +219,8 @@ def _by_lane(s, N: gl.constexpr):
 
 
 @gluon.jit
-def _hide(s, limit, N: gl.constexpr):
-    """`s` [ROWS, N] with -inf in row i from column `limit[i]` on.
+def _hide(s, limit, lower, N: gl.constexpr, LEFT: gl.constexpr):
+    """`s` [ROWS, N] with -inf in row i from column `limit[i]` on, and with LEFT before `lower[i]`.
 
     The lane's part of a column's index goes to the limit's side, so that what is compared with it
     is a constant of the instruction, not a register a column.
@@ -191,12 +239,27 @@ def _hide(s, limit, N: gl.constexpr):
     pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
     limit = gl.convert_layout(limit, row_layout, assert_trivial=True)
     limit = gl.expand_dims(gl.expand_dims(gl.expand_dims(limit, 1), 2), 3)
-    hidden = gl.where(octet + pair < limit - lane, parts, float("-inf"))
+    seen = octet + pair < limit - lane
+    if LEFT:
+        lower = gl.convert_layout(lower, row_layout, assert_trivial=True)
+        lower = gl.expand_dims(gl.expand_dims(gl.expand_dims(lower, 1), 2), 3)
+        seen = seen & (octet + pair >= lower - lane)
+    hidden = gl.where(seen, parts, float("-inf"))
     return gl.convert_layout(hidden.reshape([ROWS, N]), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.constexpr):
+def _softmax(
+    s,
+    maximum,
+    total,
+    scale_log2,
+    limit,
+    lower,
+    N: gl.constexpr,
+    MASKED: gl.constexpr,
+    LEFT: gl.constexpr,
+):
     """(P, maximum, total, rescale) with the scores `s` [ROWS, N] taken in.
 
     Args:
@@ -204,12 +267,14 @@ def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.c
         maximum: [ROWS], of the scaled scores so far, log2.
         total: [ROWS, 4], sum of P so far, a lane's columns each.
         scale_log2: scale * log2(e), positive: times zero, a hidden -inf would be NaN.
-        limit: [ROWS], how many of the block's keys each row sees; MASKED only.
+        limit: [ROWS], where in the block the keys end that each row sees; MASKED only.
+        lower: [ROWS], where they begin; LEFT only.
         N: Keys.
         MASKED: Whether some row does not see some key.
+        LEFT: Whether that may be one of the block's first keys.
     """
     if MASKED:
-        s = _hide(s, limit, N)
+        s = _hide(s, limit, lower, N, LEFT)
     new_maximum = gl.maximum(maximum, gl.max(s, 1) * scale_log2)
     # A row that has seen no key yet subtracts 0, not -inf: its P is exp2(-inf) = 0.
     offset = gl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
@@ -227,6 +292,7 @@ def _softmax(s, maximum, total, scale_log2, limit, N: gl.constexpr, MASKED: gl.c
 def _first_softmax(
     s,
     limit,
+    lower,
     scale_log2,
     dtype: gl.constexpr,
     config: gl.constexpr,
@@ -234,7 +300,7 @@ def _first_softmax(
 ):
     """(P, maximum, total) of a tile's first block; with HALF no row sees its second half."""
     N: gl.constexpr = config.n
-    MASKED: gl.constexpr = config.causal or config.tail
+    MASKED: gl.constexpr = config.causal or config.window or config.tail
     layout: gl.constexpr = s.type.layout
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     maximum = gl.full([ROWS], float("-inf"), gl.float32, rows)
@@ -249,15 +315,19 @@ def _first_softmax(
             total,
             scale_log2,
             gl.convert_layout(limit, half_rows, assert_trivial=True),
+            lower,
             N // 2,
             MASKED,
+            False,
         )
         maximum = gl.convert_layout(maximum, rows, assert_trivial=True)
         p = p.to(dtype)
         p = gl.join(p, gl.zeros_like(p)).permute((0, 2, 1)).reshape([ROWS, N])
         p = gl.convert_layout(p, layout, assert_trivial=True)
     else:
-        p, maximum, total, _ = _softmax(s, maximum, total, scale_log2, limit, N, MASKED)
+        p, maximum, total, _ = _softmax(
+            s, maximum, total, scale_log2, limit, lower, N, MASKED, config.window
+        )
         p = p.to(dtype)
     return p, maximum, total
 
@@ -274,6 +344,7 @@ def _step(
     total,
     scale_log2,
     limit,
+    lower,
     WHO: gl.constexpr,
     config: gl.constexpr,
     MASKED: gl.constexpr,
@@ -298,13 +369,29 @@ def _step(
     pass_turn(WHO, config.consumers)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
-    new_p, maximum, total, rescale = _softmax(s, maximum, total, scale_log2, limit, N, MASKED)
+    new_p, maximum, total, rescale = _softmax(
+        s, maximum, total, scale_log2, limit, lower, N, MASKED, config.window
+    )
     p = gl.convert_layout(new_p.to(p.dtype), p.type.layout)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(memory.v_ring.empty.index(v_slot), count=1)
     o_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     acc = acc * gl.expand_dims(gl.convert_layout(rescale, o_rows), 1)
     return slot, phase, p, acc, maximum, total
+
+
+@gluon.jit
+def _pass_by(count, memory, slot, phase, WHO: gl.constexpr, config: gl.constexpr):
+    """Let go of `count` blocks that only other consumers see; (slot, phase) after them."""
+    for _ in range(count):
+        take_turn(WHO)
+        pass_turn(WHO, config.consumers)
+        mbarrier.wait(memory.k_ring.full.index(slot), phase)
+        mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
+        mbarrier.wait(memory.v_ring.full.index(slot), phase)
+        mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
+        slot, phase = following(slot, phase, config.stages)
+    return slot, phase
 
 
 @gluon.jit
@@ -321,6 +408,7 @@ def _consumer(
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
     CAUSAL: gl.constexpr = config.causal
+    WINDOW: gl.constexpr = config.window
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -334,25 +422,30 @@ def _consumer(
     q_phase = 0
     board_slot = 0
     board_phase = 0
-    block, batch, head = published(memory.board, board_slot, board_phase)
+    if config.varlen:
+        block, batch, head, sequence = published_packed(memory.board, board_slot, board_phase)
+    else:
+        block, batch, head = published(memory.board, board_slot, board_phase)
+        sequence = Sequence(problem.queries, problem.keys, 0, 0)
     while block >= 0:
         row = block * M + WHO * ROWS
         rows = row + gl.arange(0, ROWS, row_layout)
-        limit = gl.zeros([ROWS], gl.int32, row_layout) + problem.keys
-        if CAUSAL:
-            limit = gl.minimum(limit, rows + (1 + problem.keys - problem.queries))
-        brought, _ = blocks_seen(block * M, M, problem, N, CAUSAL)
-        seen, whole = blocks_seen(row, ROWS, problem, N, CAUSAL)
-        if CAUSAL:
-            # Blocks that only consumers of later rows see.
-            for _ in range(brought - seen):
-                take_turn(WHO)
-                pass_turn(WHO, config.consumers)
-                mbarrier.wait(memory.k_ring.full.index(slot), phase)
-                mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
-                mbarrier.wait(memory.v_ring.full.index(slot), phase)
-                mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
-                slot, phase = following(slot, phase, config.stages)
+        shift = sequence.keys - sequence.queries
+        limit = gl.zeros([ROWS], gl.int32, row_layout) + sequence.keys
+        lower = limit  # not looked at without a window
+        # Blocks from `last` down to `low` are seen, of which those from `last` down to `whole` and
+        # those before `whole_low` need the mask.
+        brought_low, brought = _blocks_of_tile(block * M, sequence, problem, config)
+        if WINDOW:
+            limit = gl.minimum(limit, rows + (1 + shift + problem.right))
+            lower = rows + (shift - problem.left)
+            low, whole_low, whole, seen = blocks_in_window(row, sequence, problem, N)
+        else:
+            if CAUSAL:
+                limit = gl.minimum(limit, rows + (1 + shift))
+            seen, whole = blocks_seen(row, ROWS, sequence, N, CAUSAL)
+        if CAUSAL or WINDOW:
+            slot, phase = _pass_by(brought - seen, memory, slot, phase, WHO, config)
 
         mbarrier.wait(memory.q_ring.full.index(WHO), q_phase)
         mbarrier.wait(memory.k_ring.full.index(slot), phase)
@@ -366,28 +459,37 @@ def _consumer(
         mbarrier.arrive(memory.k_ring.empty.index(slot), count=1)
         last = seen - 1
         first_limit = limit - last * N
+        first_lower = lower - last * N
         dtype: gl.constexpr = out_desc.dtype
         if CAUSAL and N > ROWS:
             # Every second warp group sees half of its last block: 64 rows of 128 keys.
-            if row + ROWS + problem.keys - problem.queries - last * N <= N // 2:
+            if row + ROWS + shift - last * N <= N // 2:
                 p, maximum, total = _first_softmax(
-                    s, first_limit, problem.scale_log2, dtype, config, True
+                    s, first_limit, first_lower, problem.scale_log2, dtype, config, True
                 )
             else:
                 p, maximum, total = _first_softmax(
-                    s, first_limit, problem.scale_log2, dtype, config, False
+                    s, first_limit, first_lower, problem.scale_log2, dtype, config, False
                 )
         else:
             p, maximum, total = _first_softmax(
-                s, first_limit, problem.scale_log2, dtype, config, False
+                s, first_limit, first_lower, problem.scale_log2, dtype, config, False
             )
         p = gl.convert_layout(p, p_layout)
-        if CAUSAL:
+        if CAUSAL or WINDOW:
             # An opaque move of P. Without it ptxas keeps P of the two loops below in different
             # registers from P here, and copies it in every step: 64 instructions of 470 at D 64.
             # What two branches may have written it does not keep under way at all (C7513).
             p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, False, 2)
-        if CAUSAL:
+        if WINDOW:
+            whole = gl.maximum(gl.minimum(whole, last), low)
+            whole_low = gl.minimum(gl.maximum(whole_low, low), whole)
+            unmasked = whole - whole_low
+        elif CAUSAL:
+            unmasked = gl.minimum(whole, last)
+        else:
+            unmasked = last
+        if CAUSAL or WINDOW:
             for index in range(1, seen - whole):
                 key = (last - index) * N
                 slot, phase, p, acc, maximum, total = _step(
@@ -401,13 +503,11 @@ def _consumer(
                     total,
                     problem.scale_log2,
                     limit - key,
+                    lower - key,
                     WHO,
                     config,
                     True,
                 )
-            unmasked = gl.minimum(whole, last)
-        else:
-            unmasked = last
         for _ in range(unmasked):
             slot, phase, p, acc, maximum, total = _step(
                 q,
@@ -420,10 +520,30 @@ def _consumer(
                 total,
                 problem.scale_log2,
                 limit,
+                lower,
                 WHO,
                 config,
                 False,
             )
+        if WINDOW:
+            for index in range(1, whole_low - low + 1):
+                key = (whole_low - index) * N
+                slot, phase, p, acc, maximum, total = _step(
+                    q,
+                    memory,
+                    slot,
+                    phase,
+                    p,
+                    acc,
+                    maximum,
+                    total,
+                    problem.scale_log2,
+                    limit - key,
+                    lower - key,
+                    WHO,
+                    config,
+                    True,
+                )
         if config.own_o:
             mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
         mbarrier.wait(memory.v_ring.full.index(slot), phase)
@@ -433,46 +553,70 @@ def _consumer(
         inverse = gl.where(empty, 0.0, 1.0 / total)
         lse_log2 = maximum + gl.log2(total)
         lse_values = gl.where(empty, problem.lse_of_empty, lse_log2 * LN_2)
+        # Of packed sequences problem.queries is Tq, and batch is 0.
         lse_rows = problem.lse + (batch.to(gl.int64) * problem.heads + head) * problem.queries
-        gl.store(lse_rows + rows, lse_values, mask=rows < problem.queries)
+        lse_rows += sequence.first_query
+        gl.store(lse_rows + rows, lse_values, mask=rows < sequence.queries)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(memory.v_ring.empty.index(slot), count=1)
         slot, phase = following(slot, phase, config.stages)
+        if WINDOW:
+            slot, phase = _pass_by(low - brought_low, memory, slot, phase, WHO, config)
         inverse = gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))
         if config.own_o:
             tma.store_wait(0)  # the tile before has left
         o_block.store((acc * gl.expand_dims(inverse, 1)).to(out_desc.dtype))
-        if CAUSAL:  # noqa: SIM102  # decided when compiled, the other when run
-            # Without a mask nothing is multiplied that is not seen: keys past the last are zero.
+        if CAUSAL or WINDOW or config.varlen:  # noqa: SIM102  # compiled; the other when run
+            # A dense batch without a mask multiplies nothing unseen: keys past the last are zero.
             if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) > 0:
                 product_rows: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+                head_kv = head // problem.group
                 repair(
                     o_block,
-                    source_in(sources, 0, batch, head, out_desc.dtype),
-                    source_in(sources, 1, batch, head // problem.group, out_desc.dtype),
-                    source_in(sources, 2, batch, head // problem.group, out_desc.dtype),
+                    source_in(sources, 0, batch, head, sequence.first_query, out_desc.dtype),
+                    source_in(sources, 1, batch, head_kv, sequence.first_key, out_desc.dtype),
+                    source_in(sources, 2, batch, head_kv, sequence.first_key, out_desc.dtype),
                     gl.convert_layout(gl.where(empty, 0.0, lse_log2), product_rows),
                     row,
+                    sequence,
                     problem,
                     out_desc.shape[3],
                     D,
+                    config,
                 )
-        fence_async_shared()
-        tma.async_copy_shared_to_global(
-            out_desc, [batch, head, row, 0], o_block.reshape([1, 1, ROWS, D])
-        )
+        if config.varlen:
+            if row + ROWS <= sequence.queries:
+                fence_async_shared()
+                tma.async_copy_shared_to_global(
+                    out_desc,
+                    [batch, head, sequence.first_query + row, 0],
+                    o_block.reshape([1, 1, ROWS, D]),
+                )
+            else:  # rows that follow are another sequence's
+                out = source_in(sources, 3, batch, head, sequence.first_query, out_desc.dtype)
+                store_rows(o_block, out, row, sequence.queries, out_desc.shape[3], D)
+        else:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(
+                out_desc, [batch, head, row, 0], o_block.reshape([1, 1, ROWS, D])
+            )
         if not config.own_o:
             tma.store_wait(0)
             mbarrier.arrive(memory.q_ring.empty.index(WHO), count=1)
         q_phase ^= 1
         board_slot, board_phase = following(board_slot, board_phase, 2)
-        block, batch, head = published(memory.board, board_slot, board_phase)
+        if config.varlen:
+            block, batch, head, sequence = published_packed(memory.board, board_slot, board_phase)
+        else:
+            block, batch, head = published(memory.board, board_slot, board_phase)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
         "lse",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
         "scale_log2",
         "lse_of_empty",
         "heads",
@@ -480,6 +624,8 @@ def _consumer(
         "heads_total",
         "seq_len_q",
         "seq_len_k",
+        "left",
+        "right",
         "tiles",
         "blocks_of_rows",
         "section",
@@ -487,24 +633,29 @@ def _consumer(
     ]
 )
 def hopper_forward_kernel(
-    q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, ROWS, D]
-    k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
+    q_desc,  # [B, Hq, Sq, D], packed [1, Hq, Tq, D], blocks of [1, 1, ROWS, D]
+    k_desc,  # [B, Hkv, Sk, D], packed [1, Hkv, Tk, D], blocks of [1, 1, N, D]
     v_desc,  # like k
     out_desc,  # like q
-    q,  # the same tensors by their addresses, for `repair`
+    q,  # the same tensors by their addresses, for `repair` and `store_rows`
     k,
     v,
-    lse,  # fp32 [B, Hq, Sq], natural log
+    out,
+    lse,  # fp32 [B, Hq, Sq] or [Hq, Tq], natural log
+    cu_seqlens_q,  # [B + 1] int32, of packed sequences only
+    cu_seqlens_k,
     counter,  # int32, zero before and after; unused where tiles are dealt
     scale_log2,  # scale * log2(e), positive
     lse_of_empty,
     heads,  # Hq
     group,  # Hq // Hkv
     heads_total,  # B * Hq
-    seq_len_q,
-    seq_len_k,
+    seq_len_q,  # packed Tq
+    seq_len_k,  # packed Tk
+    left,  # of a window
+    right,
     tiles,
-    blocks_of_rows,  # of M rows in a sequence
+    blocks_of_rows,  # of M rows in the longest sequence
     section,  # see place
     config: gl.constexpr,
 ):
@@ -524,19 +675,24 @@ def hopper_forward_kernel(
     k_ring = make_ring(config.stages, CONSUMERS)
     v_ring = make_ring(config.stages, CONSUMERS)
     memory = Memory(q_smem, k_smem, v_smem, o_smem, q_ring, k_ring, v_ring, make_board(CONSUMERS))
-    if config.causal:  # noqa: SIM108  # only the branch taken is compiled
+    if config.varlen:
+        sources = make_table((q, k, v, out), (q_desc, k_desc, v_desc, out_desc))
+    elif config.causal or config.window:
         sources = make_table((q, k, v), (q_desc, k_desc, v_desc))
     else:
         sources = lse  # nothing is repaired
     fence_async_shared()
     grid = Grid(tiles, blocks_of_rows, section, heads, heads_total)
-    problem = Problem(lse, scale_log2, lse_of_empty, seq_len_q, seq_len_k, heads, group)
+    problem = Problem(
+        lse, scale_log2, lse_of_empty, seq_len_q, seq_len_k, heads, group, left, right
+    )
+    inputs = Inputs(q_desc, k_desc, v_desc, cu_seqlens_q, cu_seqlens_k)
     if config.consumers == 2:
         gl.warp_specialize(
             [
                 (_consumer, (out_desc, sources, memory, problem, 0, config)),
                 (_consumer, (out_desc, sources, memory, problem, 1, config)),
-                (_producer, (q_desc, k_desc, v_desc, counter, memory, grid, problem, config)),
+                (_producer, (inputs, counter, memory, grid, problem, config)),
             ],
             [4, 1],
             [config.consumer_registers, config.producer_registers],
@@ -547,7 +703,7 @@ def hopper_forward_kernel(
                 (_consumer, (out_desc, sources, memory, problem, 0, config)),
                 (_consumer, (out_desc, sources, memory, problem, 1, config)),
                 (_consumer, (out_desc, sources, memory, problem, 2, config)),
-                (_producer, (q_desc, k_desc, v_desc, counter, memory, grid, problem, config)),
+                (_producer, (inputs, counter, memory, grid, problem, config)),
             ],
             [4, 4, 1],
             [config.consumer_registers, config.consumer_registers, config.producer_registers],

@@ -59,11 +59,12 @@ def _entry(table, index):
 
 
 @gluon.jit
-def source_in(table, NUMBER: gl.constexpr, batch, head, dtype: gl.constexpr):
-    """Tensor NUMBER of a table at row 0 of one head."""
+def source_in(table, NUMBER: gl.constexpr, batch, head, row, dtype: gl.constexpr):
+    """Tensor NUMBER of a table from row `row` of one head on."""
+    stride_row = _entry(table, 4 * NUMBER + 3)
     start = batch * _entry(table, 4 * NUMBER + 1) + head * _entry(table, 4 * NUMBER + 2)
     pointer = _entry(table, 4 * NUMBER).to(gl.pointer_type(dtype), bitcast=True)
-    return Source(pointer + start, _entry(table, 4 * NUMBER + 3))
+    return Source(pointer + (start + row * stride_row), stride_row)
 
 
 @gluon.jit
@@ -113,50 +114,102 @@ def _scores(q, k, row, key, rows_end, keys_end, head_dim):
 
 
 @gluon.jit
-def repair(out, q, k, v, lse_log2, row, problem, head_dim, D: gl.constexpr):
-    """Put right what unseen values made NaN in `out`, under a causal mask.
+def _seen(rows, keys, diagonal, problem, config: gl.constexpr):
+    """Which of `keys` [1, KEYS] each of `rows` [ROWS] sees, both counted from a block's corner.
+
+    Row 0 stands at key `diagonal`. Keys past the last, which are read as zero, count as seen.
+    """
+    if config.causal:
+        seen = keys <= gl.expand_dims(rows + diagonal, 1)
+    elif config.window:
+        seen = keys <= gl.expand_dims(rows + (diagonal + problem.right), 1)
+        seen = seen & (keys >= gl.expand_dims(rows + (diagonal - problem.left), 1))
+    else:
+        seen = keys >= gl.expand_dims(rows * 0, 1)
+    return seen
+
+
+@gluon.jit
+def repair(
+    out,
+    q,
+    k,
+    v,
+    lse_log2,
+    row,
+    sequence,
+    problem,
+    head_dim,
+    D: gl.constexpr,
+    config: gl.constexpr,
+):
+    """Put right what unseen values made NaN in `out`.
 
     First mark the elements that do see something not finite: they stand. If a NaN is left, multiply
     what is finite.
 
     Args:
         out: [ROWS, D] in shared memory, normalised.
-        q: `Source` at row 0 of the head, as are k and v.
+        q: `Source` at row 0 of the sequence and head, as are k and v.
         k: See q.
         v: See q.
         lse_log2: [ROWS] fp32 by rows of `PRODUCT`; finite.
         row: Of the first row of `out`.
+        sequence: `Sequence`.
         problem: `Problem`.
         head_dim: Columns in use.
         D: Columns of `out`.
+        config: How rows are masked.
     """
-    shift = problem.keys - problem.queries
+    shift = sequence.keys - sequence.queries
     left_rows = _indices(ROWS, gl.SliceLayout(1, LEFT))
     left_keys = gl.expand_dims(_indices(KEYS, gl.SliceLayout(0, LEFT)), 0)
     rows = _indices(ROWS, gl.SliceLayout(1, PRODUCT))
     keys = gl.expand_dims(_indices(KEYS, gl.SliceLayout(0, PRODUCT)), 0)
-    end = gl.minimum(row + ROWS + shift, problem.keys)
+    begin = 0
+    end = sequence.keys
+    if config.causal:
+        end = gl.minimum(row + ROWS + shift, end)
+    if config.window:
+        begin = gl.maximum(row + shift - problem.left, 0) // KEYS * KEYS
+        end = gl.minimum(row + ROWS + shift + problem.right, end)
     for part in gl.static_range(D // COLUMNS):
         block = out.slice(part * COLUMNS, COLUMNS, 1)
         marks = gl.zeros([ROWS, COLUMNS], gl.float32, PRODUCT)
-        for key in range(0, end, KEYS):
-            seen = left_keys <= gl.expand_dims(left_rows + (row + shift - key), 1)
-            values = _values(v, key, part * COLUMNS, problem.keys, head_dim)
+        for key in range(begin, end, KEYS):
+            seen = _seen(left_rows, left_keys, row + shift - key, problem, config)
+            values = _values(v, key, part * COLUMNS, sequence.keys, head_dim)
             infinite = gl.where(_finite(values), 0.0, 1.0).to(out.dtype)
             marks = mma_v2(gl.where(seen, 1.0, 0.0).to(out.dtype), infinite, marks)
         stored = block.load(PRODUCT)
         wrong = (stored != stored) & (marks == 0.0)
         if gl.max(gl.max(wrong.to(gl.int32), 1), 0) > 0:
             acc = gl.zeros([ROWS, COLUMNS], gl.float32, PRODUCT)
-            for key in range(0, end, KEYS):
+            for key in range(begin, end, KEYS):
                 s = (
-                    _scores(q, k, row, key, problem.queries, problem.keys, head_dim)
+                    _scores(q, k, row, key, sequence.queries, sequence.keys, head_dim)
                     * problem.scale_log2
                 )
-                seen = keys <= gl.expand_dims(rows + (row + shift - key), 1)
+                seen = _seen(rows, keys, row + shift - key, problem, config)
                 s = gl.where(seen, s, float("-inf"))
                 p = gl.exp2(s - gl.expand_dims(lse_log2, 1)).to(out.dtype)
-                values = _values(v, key, part * COLUMNS, problem.keys, head_dim)
+                values = _values(v, key, part * COLUMNS, sequence.keys, head_dim)
                 values = gl.where(_finite(values), values.to(gl.float32), 0.0).to(out.dtype)
                 acc = mma_v2(gl.convert_layout(p, LEFT), values, acc)
             block.store(gl.where(wrong, acc, stored.to(gl.float32)).to(out.dtype))
+
+
+@gluon.jit
+def store_rows(block, out, row, rows_end, head_dim, D: gl.constexpr):
+    """Write `block` [ROWS, D] in shared memory to `out` from row `row` on, up to `rows_end`.
+
+    TMA knows where a tensor ends, and not where a sequence in it does.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    rows = gl.expand_dims(row + _indices(ROWS, gl.SliceLayout(1, layout)), 1)
+    columns = _indices(COLUMNS, gl.SliceLayout(0, layout))
+    for part in gl.static_range(D // COLUMNS):
+        values = block.slice(part * COLUMNS, COLUMNS, 1).load(layout)
+        at = gl.expand_dims(part * COLUMNS + columns, 0)
+        inside = (rows < rows_end) & (at < head_dim)
+        gl.store(out.pointer + rows.to(gl.int64) * out.stride_row + at, values, inside)
