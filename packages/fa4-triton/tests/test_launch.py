@@ -54,7 +54,8 @@ def seen(launches: int, tensor_maps: int, compiled: int, programs: int) -> dict[
 
 
 def test_what_was_warmed_up_is_not_compiled_in_the_first_call(found: dict[str, Any]) -> None:
-    assert found["warmed"] == found["compiled ahead"] == 3  # two tiles at head dim 64
+    # At head dim 64 two tiles, and the portable kernel for what is too small; at 16 that alone.
+    assert found["warmed"] == found["compiled ahead"] == 4
     assert found["first"] == seen(1, 4, 0, 132)
     assert found["portable"] == seen(1, 0, 0, 2 * 16 * 2)
 
