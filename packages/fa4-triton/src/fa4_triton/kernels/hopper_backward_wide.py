@@ -140,6 +140,7 @@ def _value_step(
     mbarrier.wait(memory.do_ring.full.index(before.slot), before.phase)
     dv = warpgroup_mma(p, memory.do.index(before.slot), dv, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
+    # -lse, which came with Q, is still to be read: the other consumer lets go of both behind P.
     mbarrier.arrive(memory.q_ring.empty.index(slot), count=1)
     next_p = _make_p(s, memory, at, first_seeing, problem, config, MASKED)
     dv = warpgroup_mma_wait(0, deps=(dv,))

@@ -584,9 +584,10 @@ def _consumer(
                     D,
                     config,
                 )
+        # Before the copy engine reads it, or brings the next Q to where it is.
+        fence_async_shared()
         if config.varlen:
             if row + ROWS <= sequence.queries:
-                fence_async_shared()
                 tma.async_copy_shared_to_global(
                     out_desc,
                     [batch, head, sequence.first_query + row, 0],
@@ -596,7 +597,6 @@ def _consumer(
                 out = source_in(sources, 3, batch, head, sequence.first_query, out_desc.dtype)
                 store_rows(o_block, out, row, sequence.queries, out_desc.shape[3], D)
         else:
-            fence_async_shared()
             tma.async_copy_shared_to_global(
                 out_desc, [batch, head, row, 0], o_block.reshape([1, 1, ROWS, D])
             )

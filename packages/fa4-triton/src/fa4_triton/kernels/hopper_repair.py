@@ -191,8 +191,9 @@ def repair(
                     * problem.scale_log2
                 )
                 seen = _seen(rows, keys, row + shift - key, problem, config)
-                s = gl.where(seen, s, float("-inf"))
-                p = gl.exp2(s - gl.expand_dims(lse_log2, 1)).to(out.dtype)
+                s = gl.where(seen, s, float("-inf")) - gl.expand_dims(lse_log2, 1)
+                # Keys past the last have a score of zero: exp2 of it may be Inf, and Inf * 0 NaN.
+                p = gl.exp2(gl.minimum(s, 0.0)).to(out.dtype)
                 values = _values(v, key, part * COLUMNS, sequence.keys, head_dim)
                 values = gl.where(_finite(values), values.to(gl.float32), 0.0).to(out.dtype)
                 acc = mma_v2(gl.convert_layout(p, LEFT), values, acc)
