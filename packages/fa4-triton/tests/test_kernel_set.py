@@ -216,7 +216,7 @@ def test_what_was_launched_is_counted_and_a_launch_that_fails_is_not(
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_what_is_compiled_ahead_is_what_a_deterministic_backward_takes(
-    inputs: Any, on_hopper: Launches, monkeypatch: pytest.MonkeyPatch, head_dim: int
+    on_hopper: Launches, monkeypatch: pytest.MonkeyPatch, head_dim: int
 ) -> None:
     from fa4_triton.hopper_backward_launch import HopperBackwardVariant
 
