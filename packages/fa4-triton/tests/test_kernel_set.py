@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fa4_triton import kernel_set
 from fa4_triton.kernel_set import TritonKernels
-from fa4_triton.plan import Device
+from fa4_triton.plan import Device, Request
 from flash_attention_registry.sdpa import (
     AttentionCall,
     KernelSet,
@@ -79,6 +80,7 @@ def test_memory_of_these_tests_is_nan_until_written(
 
 def forget_plans() -> None:
     kernel_set._forward_of.cache_clear()
+    kernel_set._backward_of.cache_clear()
     kernel_set._looks.clear()
 
 
@@ -179,6 +181,55 @@ def test_packed_sequences_and_windows_go_to_the_hopper_forward(
     assert (plan.mask, plan.varlen) == ("window", True)
     assert tensors[5:] == offsets
     assert pointers[5:] == [one.data_ptr() for one in offsets]
+
+
+@pytest.mark.parametrize("head_dim", [64, 16], ids=["Hopper", "portable"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_launched_is_counted_and_a_launch_that_fails_is_not(
+    inputs: Any, on_hopper: Launches, monkeypatch: pytest.MonkeyPatch, head_dim: int, fails: bool
+) -> None:
+    from fa4_triton import hopper_backward_launch
+    from fa4_triton.launch import Variant
+
+    def launch(*_: Any) -> None:
+        if fails:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Launches, "launch", launch)
+    monkeypatch.setattr(Variant, "launch", launch)
+    monkeypatch.setattr(hopper_backward_launch, "launch_backward", launch)
+    given = inputs(lengths=(100, 130), head_dim=head_dim)
+    call = AttentionCall(*given_tensors(given), 0.5, False)
+    lse = kernel_set.empty_row_stats(given.query)
+    kernels = TritonKernels()
+    for run_one in (
+        lambda: kernels.forward(call),
+        lambda: kernels.backward(call, given.grad_out, given.query, lse),
+    ):
+        with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+            run_one()
+    counted = dispatch_counts().kernels
+    assert list(counted.values()) == ([] if fails else [1, 1])
+    kind = "Hopper" if head_dim == 64 else "portable"
+    assert all(kernel.startswith(f"fa4-triton's {kind} ") for kernel in counted)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_what_is_compiled_ahead_is_what_a_deterministic_backward_takes(
+    on_hopper: Launches, monkeypatch: pytest.MonkeyPatch, head_dim: int
+) -> None:
+    from fa4_triton.hopper_backward_launch import HopperBackwardVariant
+
+    shape = (1, 4096, 8, head_dim)
+    request = Request(shape, shape, False, None, None, None)
+
+    def hopper() -> bool:
+        (kind,) = set(map(type, kernel_set.variants_of("backward", -1, torch.bfloat16, request)))
+        return kind is HopperBackwardVariant
+
+    assert hopper()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert hopper() is (head_dim == 256)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def test_a_launcher_that_is_not_known_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fa4_triton import launch
+
+    def wrapping(launcher: Any) -> Any:
+        return lambda *arguments: launcher(*arguments)
+
+    def compiled(function: Any) -> Any:
+        run = SimpleNamespace(
+            launch=function,
+            global_scratch_size=0,
+            profile_scratch_size=0,
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+        )
+        return SimpleNamespace(run=run, function=1, packed_metadata=b"")
+
+    monkeypatch.setattr(launch, "_DIRECT_LAUNCH", True)
+    known = launch.launcher_of(compiled(wrapping(print)))
+    assert known is not None
+    assert known.launch is print
+    assert launch.launcher_of(compiled(lambda *arguments: None)) is None
 
 
 def seen(launches: int, tensor_maps: int, compiled: int, programs: int) -> dict[str, int]:

@@ -155,3 +155,11 @@ def test_a_request_is_what_of_a_call_decides() -> None:
         max_seqlen_key=4,
     )
     assert request_of(packed).packed == Packed(3, 3, 4)
+
+
+@pytest.mark.parametrize("said", [6, 1 << 20, 1 << 30, (1 << 31) + 1])
+def test_no_packed_sequence_counts_as_longer_than_all_rows(said: int) -> None:
+    query, key = (torch.empty(shape, device="meta") for shape in ((5, 4, 64), (3, 2, 64)))
+    offsets = torch.empty(3, dtype=torch.int32, device="meta")
+    call = AttentionCall(query, key, key, 1.0, False, None, None, offsets, offsets, said, said)
+    assert request_of(call).packed == Packed(2, 5, 3)

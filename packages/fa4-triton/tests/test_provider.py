@@ -179,6 +179,21 @@ def test_the_interpreter_needs_neither_gpu_nor_compiler(
     assert provider.why_unavailable() is None
 
 
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_kernels_that_there_are_not_are_a_reason(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch, interpreted: bool
+) -> None:
+    gpus(HOPPER)
+    monkeypatch.setattr(provider, "_interpreted", lambda: interpreted)
+    monkeypatch.setenv("FA4_TRITON_KERNELS", "fastest")
+    reason = provider.why_unavailable()
+    assert reason is not None
+    assert reason.startswith("FA4_TRITON_KERNELS is 'fastest'")
+    assert "unset it, or set it to 'hopper' or 'portable'" in reason
+    monkeypatch.setenv("FA4_TRITON_KERNELS", "portable")
+    assert provider.why_unavailable() is None
+
+
 @pytest.mark.parametrize("first", ["", "1"])
 def test_a_mode_that_changed_after_triton_was_imported_is_a_reason(first: str) -> None:
     """In a process of its own: a process cannot leave the interpreter."""
@@ -202,6 +217,22 @@ def test_on_hopper_the_family_is_told_that_cudnn_is_faster(gpus: Callable[..., N
     assert reason is not None
     assert "cuDNN's attention, which torch runs on compute capability 9.0, is faster" in reason
     assert 'activate_flash_attention_impl("fa4-triton")' in reason
+
+
+def test_portable_kernels_that_are_asked_for_are_not_recommended_on_hopper(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider, "why_slower", lambda capability: None)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    gpus(HOPPER)
+    assert provider.why_not_recommended() is None
+    monkeypatch.setenv("FA4_TRITON_KERNELS", "portable")
+    reason = provider.why_not_recommended()
+    assert reason is not None
+    assert reason.startswith("FA4_TRITON_KERNELS asks for the portable kernels. ")
+    assert "cuDNN's attention is faster" in reason
+    gpus(ADA)
+    assert provider.why_not_recommended() is None
 
 
 @pytest.mark.parametrize(("capability", "text"), [(AMPERE, "8.0"), ((10, 0), "10.0")])

@@ -45,7 +45,10 @@ def warmup(
     up, in this process, does not. Triton keeps what it compiles on disk, so a later process loads
     it faster. Lengths and numbers of heads make no difference to what is compiled. Strides do:
     tensors are taken to start at multiples of 16 bytes and to have strides that are such multiples,
-    as those of all usual layouts are; other ones are compiled when they are met.
+    as those of all usual layouts are; other ones are compiled when they are met. So are the kernels
+    of what is seldom asked for: a scale that is zero or negative, a window that is open on one side
+    and not causal, and gradients that repeat bit for bit, unless
+    `torch.use_deterministic_algorithms(True)` is in force here already.
 
     Args:
         head_dims: Multiples of 8 up to 256.
@@ -55,23 +58,26 @@ def warmup(
         directions: "forward", "backward".
         packed: False for dense batches, True for packed sequences.
         grouped: False for a key head to each query head, True for fewer.
-        device: A CUDA device; the current one by default.
+        device: A CUDA device or its index; the current one by default.
         workers: How many to compile at a time; as many as there are processors by default.
 
     Returns:
         How many kernels are ready.
 
     Raises:
-        ValueError: Something that the kernels do not serve is asked for.
-        RuntimeError: Nothing can be compiled here: no GPU, a missing package, or Triton's
-            interpreter, which compiles nothing.
+        TypeError: One thing is given in place of several, or a device is none.
+        ValueError: Something that the kernels do not serve is asked for, or a device that is not
+            there or too old.
+        RuntimeError: Nothing can be compiled here: no GPU, no C compiler, an old package, or
+            Triton's interpreter, which compiles nothing.
+        ModuleNotFoundError: torch or Triton is not installed.
     """
-    head_dims, dtypes, masks = tuple(head_dims), tuple(dtypes), tuple(masks)
-    directions, packed, grouped = tuple(directions), tuple(packed), tuple(grouped)
-    _check("head_dim", head_dims, CAPABILITIES.head_dims)
-    _check("dtype", dtypes, sorted(CAPABILITIES.dtypes, key=str))
-    _check("mask", masks, get_args(WarmupMask))
-    _check("direction", directions, get_args(Direction))
+    head_dims = _several("head_dims", head_dims, CAPABILITIES.head_dims)
+    dtypes = _several("dtypes", dtypes, sorted(CAPABILITIES.dtypes, key=str))
+    masks = _several("masks", masks, get_args(WarmupMask))
+    directions = _several("directions", directions, get_args(Direction))
+    packed = _several("packed", packed, (False, True))
+    grouped = _several("grouped", grouped, (False, True))
     if interpreter.INTERPRETED:
         raise RuntimeError(
             "warmup() compiles kernels, and TRITON_INTERPRET is set: Triton interprets them and "
@@ -90,21 +96,53 @@ def warmup(
     return len(variants)
 
 
-def _check(what: str, given: Iterable[Any], served: Collection[Any]) -> None:
-    for one in given:
-        if one not in served:
+def _several(name: str, given: Iterable[Any], served: Collection[Any]) -> tuple[Any, ...]:
+    """What is given for the argument `name`, all of which is to be among what is served."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"warmup() takes a list of {name}, and was given {given!r}; give {name}=[{given!r}]"
+        )
+    values = tuple(given)
+    for one in values:
+        # 64.0 == 64 and 1 == True, but they are not what is asked for.
+        if not any(type(one) is type(other) and one == other for other in served):
             raise ValueError(
-                f"warmup() was given the {what} {one!r}; served are {', '.join(map(str, served))}"
+                f"warmup() was given {one!r} among its {name}; served are "
+                f"{', '.join(map(str, served))}"
             )
+    return values
 
 
 def _index_of(device: torch.device | str | int | None) -> int:
+    """The index of a GPU that is there and that the kernels compile for."""
+    if isinstance(device, bool):
+        raise TypeError(
+            f"warmup() takes a CUDA device or its index, and was given {device}; give device=0 or "
+            "'cuda:0', or leave it out for the current one"
+        )
     if isinstance(device, int):
-        return device
-    chosen = torch.device("cuda") if device is None else torch.device(device)
-    if chosen.type != "cuda":
-        raise ValueError(f"warmup() compiles for a CUDA device, and was given {chosen}")
-    return torch.cuda.current_device() if chosen.index is None else chosen.index
+        index = device
+    else:
+        chosen = torch.device("cuda") if device is None else torch.device(device)
+        if chosen.type != "cuda":
+            raise ValueError(
+                f"warmup() compiles for a CUDA device, and was given {chosen}; give 'cuda', or "
+                "leave it out for the current one"
+            )
+        index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise ValueError(
+            f"warmup() was given the CUDA device {index}, and {count} are visible to torch; give "
+            f"an index from 0 to {count - 1}, or leave it out for the current one"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < provider.OLDEST_GPU:
+        raise ValueError(
+            f"warmup() compiles for compute capability {'.'.join(map(str, provider.OLDEST_GPU))} "
+            f"or newer, and CUDA device {index} has {major}.{minor}; give the index of a newer one"
+        )
+    return index
 
 
 def _requests(

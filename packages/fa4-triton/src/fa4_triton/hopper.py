@@ -59,7 +59,10 @@ def asked_for() -> Asked:
     if not value:
         return "fastest"
     if value not in ("hopper", "portable"):
-        raise ValueError(f"{KERNELS} must be 'hopper' or 'portable' or not set, and is {value!r}")
+        raise ValueError(
+            f"{KERNELS} is {value!r}, which names no kernels; unset it, or set it to 'hopper' or "
+            "'portable', before Python starts"
+        )
     return "hopper" if value == "hopper" else "portable"
 
 

@@ -118,10 +118,10 @@ class _Forward(NamedTuple):
         lse_of_empty_rows: float,
     ) -> None:
         """Launch with query, key, value, out, lse and the offsets of packed sequences, or None."""
-        if self.counted is not None:
-            count_kernel(self.counted)
         floats = (abs(scale) * _LOG2_E, lse_of_empty_rows, *self.scalars)
         self.variant.launch(device_index, self.plan, tensors, pointers, floats)
+        if self.counted is not None:
+            count_kernel(self.counted)
 
 
 def _kind_of(scale: float) -> Scale:
@@ -280,19 +280,15 @@ def _launch(
     variant.launch(device_index, programs, tensors, pointers, floats + ints)
 
 
-def _launch_hopper_backward(
-    call: AttentionCall,
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
-    deterministic: bool,
-) -> bool:
-    """Launch the Hopper backward of `call` if it is chosen; whether it was."""
-    operands = (call.query, call.key, call.value, grad_out, out, *grads)
-    device_index = call.query.get_device()
-    chosen = _backward_of(
-        device_index,
+def _choose_backward(
+    call: AttentionCall, operands: tuple[Tensor, ...], deterministic: bool
+) -> _Backward | None:
+    """The Hopper backward of `call`; None where there is no choice.
+
+    Operands are query, key, value, grad_out, out and the three gradients.
+    """
+    return _backward_of(
+        call.query.get_device(),
         call.query.dtype,
         request_of(call),
         tuple([tensor.stride() for tensor in operands]),
@@ -300,34 +296,23 @@ def _launch_hopper_backward(
         not call.scale > SMALLEST_SCALE,
         deterministic,
     )
-    if chosen is None:
-        return False
-    if chosen.reason is not None:
-        count_kernel(f"fa4-triton's portable backward: {chosen.reason}")
-        return False
-    count_kernel("fa4-triton's Hopper backward")
-    from fa4_triton.hopper_backward_launch import launch_backward
-
-    launch_backward(
-        device_index,
-        chosen.plan,
-        chosen.variants,
-        (*operands[:5], lse, *grads),
-        (call.scale, call.scale * _LOG2_E),
-    )
-    return True
 
 
 def variants_of(
     direction: Direction, device_index: int, dtype: torch.dtype, request: Request
 ) -> list[Any]:
-    """The compiled kernels that a request takes, if all of its tensors are contiguous."""
+    """The compiled kernels that a request takes, if all of its tensors are contiguous.
+
+    Its scale is taken to be over `SMALLEST_SCALE`. Whether gradients are to repeat bit for bit is
+    what torch is set to.
+    """
     like_q, like_k = map(_contiguous, (request.query_shape, request.key_shape))
     if direction == "forward":
         strides = (like_q, like_k, like_k, like_q)
         return [_forward_of(device_index, dtype, request, strides, 0b1111, "positive").variant]
     eight = (*(like_q, like_k, like_k), *(like_q,) * 3, *(like_k,) * 2)
-    chosen = _backward_of(device_index, dtype, request, eight, 0xFF, False, False)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    chosen = _backward_of(device_index, dtype, request, eight, 0xFF, False, deterministic)
     if chosen is not None and chosen.reason is None:
         return list(chosen.variants)
     head_dim = request.query_shape[-1]
@@ -492,7 +477,19 @@ class TritonKernels:
         dq, dk, dv = empty_like(query), empty_like(key), empty_like(value)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         grads = (dq, dk, dv)
-        if _launch_hopper_backward(call, grad_out, out, lse, grads, deterministic):
+        operands = (query, key, value, grad_out, out, *grads)
+        chosen = _choose_backward(call, operands, deterministic)
+        if chosen is not None and chosen.reason is None:
+            from fa4_triton.hopper_backward_launch import launch_backward
+
+            launch_backward(
+                query.get_device(),
+                chosen.plan,
+                chosen.variants,
+                (*operands[:5], lse, *grads),
+                (call.scale, call.scale * _LOG2_E),
+            )
+            count_kernel("fa4-triton's Hopper backward")
             return grads
         delta = empty_row_stats(query)
         scale = (call.scale,)
@@ -500,4 +497,6 @@ class TritonKernels:
         architecture_class = _device(query.get_device()).architecture
         for kernel in key_gradient_kernels(architecture_class, query.shape[-1]):
             _launch(kernel, call, (query, key, value, grad_out, dk, dv), (lse, delta), scale)
-        return dq, dk, dv
+        if chosen is not None:
+            count_kernel(f"fa4-triton's portable backward: {chosen.reason}")
+        return grads

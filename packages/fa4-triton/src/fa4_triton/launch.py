@@ -45,7 +45,9 @@ def launcher_of(compiled: Any) -> Launcher | None:
     # Where a kernel takes descriptors, a function that encodes them stands before the C function.
     launch = run.launch
     if inspect.isfunction(launch):
-        launch = inspect.getclosurevars(launch).nonlocals["launcher"]
+        launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
+        if launch is None:
+            return None
     fixed = (
         *(compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None),
         *(compiled.packed_metadata, None, None, None),

@@ -59,11 +59,18 @@ class Request(NamedTuple):
 
 
 def request_of(call: AttentionCall) -> Request:
-    """Read a request off a call."""
+    """Read a request off a call.
+
+    A caller may say that a packed sequence is longer than it is: no more than all rows count.
+    """
     offsets = call.cu_seqlens_query
     packed = None
     if offsets is not None:
-        packed = Packed(offsets.shape[0] - 1, call.max_seqlen_query, call.max_seqlen_key)
+        packed = Packed(
+            offsets.shape[0] - 1,
+            min(call.max_seqlen_query, call.query.shape[0]),
+            min(call.max_seqlen_key, call.key.shape[0]),
+        )
     return Request(
         call.query.shape, call.key.shape, call.causal, call.window_left, call.window_right, packed
     )

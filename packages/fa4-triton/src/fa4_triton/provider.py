@@ -42,7 +42,7 @@ def why_unavailable() -> str | None:
         reason = _why_not_usable(package)
         if reason is not None:
             return reason
-    reason = _why_modes_differ()
+    reason = _why_unknown_kernels() or _why_modes_differ()
     if reason is not None or _interpreted():
         return reason
     return _why_no_compiler() or _why_no_gpu()
@@ -68,9 +68,12 @@ def _why_portable_only() -> str | None:
     """Why a Hopper GPU gets the portable kernels, which cuDNN beats in both directions; or None."""
     import triton
 
-    from fa4_triton.hopper import why_no_gluon, why_untested
+    from fa4_triton.hopper import KERNELS, asked_for, why_no_gluon, why_untested
 
-    reason = why_untested(triton.__version__, why_no_gluon())
+    if asked_for() == "portable":
+        reason: str | None = f"{KERNELS} asks for the portable kernels"
+    else:
+        reason = why_untested(triton.__version__, why_no_gluon())
     if reason is None:
         return None
     return f"{reason}. The portable kernels serve instead, and cuDNN's attention is faster"
@@ -127,6 +130,17 @@ def _interpreted() -> bool:
     from triton.runtime import JITFunction
 
     return not isinstance(tl.sum, JITFunction)
+
+
+def _why_unknown_kernels() -> str | None:
+    """Why the kernels that the environment asks for are none."""
+    from fa4_triton.hopper import asked_for
+
+    try:
+        asked_for()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _why_modes_differ() -> str | None:
