@@ -364,7 +364,7 @@ def test_a_request_that_an_interrupt_breaks_off_is_pending(kernels_type, monkeyp
         stage, interrupt = StageOfInstalled(kernels_type()), Interrupt(step, "line")
         stage.honour()
         registry, its_request = stage.registry, stage.registry.request
-        its_request._pending = ("b",)
+        its_request.ask(("b",))
         interrupt.during(its_request.resume)
         assert registry.current() == "b" or its_request.pending == ("b",), interrupt.where
         its_request.resume()

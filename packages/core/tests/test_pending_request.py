@@ -141,7 +141,7 @@ def test_a_call_that_the_provider_itself_makes_settles_nothing(pending, site, mo
     monkeypatch.setattr(pending.discovery, "load", load_and_call)
     monkeypatch.setattr(pending.discovery, "entries", lambda: {"x": None})
     monkeypatch.setattr(pending.discovery, "failure", lambda name: None)
-    monkeypatch.setattr(pending.request, "_pending", ("not registered",))
+    pending.request.ask(("not registered",))
     with pytest.warns(RegistryWarning, match="not registered"):
         assert pending.request.settle()
     assert seen == [False]
@@ -322,18 +322,37 @@ def test_two_first_calls_at_once_activate_once_and_both_wait_for_it(pending, ker
     assert installs == [1]
 
 
-@pytest.mark.parametrize("wanted", ["c", "native", "missing"])
+def activate_and_restore(registry):
+    registry.activate("a")
+    registry.restore()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "when"),
+    [
+        *((name, when) for name in ("c", "native", "missing") for when in ("before", "after")),
+        ("missing", "failed"),
+    ],
+)
 @pytest.mark.parametrize(
     ("decide", "active"),
-    [(Registry.restore, None), (lambda registry: registry.activate("a"), "a")],
-    ids=["restore", "activate"],
+    [
+        (Registry.restore, None),
+        (lambda registry: registry.activate("a"), "a"),
+        (activate_and_restore, None),
+    ],
+    ids=["restore", "activate", "activate and restore"],
 )
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:No flash attention impl is active")
 def test_what_another_thread_decides_while_it_is_settled_supersedes_it(
     abc, asked, monkeypatch, wanted, decide, active, when
 ):
-    abc.activate("b")
-    asked(wanted)
+    failed = when == "failed"  # in a strict environment, where the next call fails again
+    asked(wanted, strict="1" if failed else "")
+    if failed:
+        abc.request.ask((wanted,))
+    else:
+        abc.activate("b")
     reached, go_on = threading.Event(), threading.Event()
 
     def stop(place):
@@ -351,14 +370,24 @@ def test_what_another_thread_decides_while_it_is_settled_supersedes_it(
 
         return stops
 
+    is_strict = environment.strict
+
+    def strict():
+        stop("failed")
+        return is_strict()
+
     errors = []
 
     def settle():
         try:
-            abc.request.activate()
+            if failed:
+                abc.request.settle()
+            else:
+                abc.request.activate()
         except Exception as error:
-            errors.append(error)
+            errors.append(type(error))
 
+    monkeypatch.setattr(environment, "strict", strict)
     for change in ("activate", "restore_if_active"):
         monkeypatch.setattr(abc, change, stopping(getattr(abc, change)))
     settling = threading.Thread(target=settle, daemon=True)
@@ -368,7 +397,9 @@ def test_what_another_thread_decides_while_it_is_settled_supersedes_it(
     go_on.set()
     settling.join(WAIT)
     assert not settling.is_alive()
-    assert (abc.current(), abc.request.pending, errors) == (active, (), [])
+    assert (abc.current(), abc.request.pending) == (active, ())
+    assert errors == ([RequestUnavailableError] if failed else [])
+    assert abc.request.settle()  # the next call, which has nothing to say
 
 
 def test_a_call_that_comes_while_another_one_fails_raises_too_in_a_strict_environment(

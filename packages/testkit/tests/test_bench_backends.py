@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from flash_attention_testkit.bench.backends import (
     NotMeasuredError,
     StaysInstalledError,
     make_inputs,
+    mode_of,
     operation,
     running_on,
     why,
@@ -173,25 +176,66 @@ def test_the_gradient_of_out_lies_as_asked(
     assert found == [strides]
 
 
-def test_only_deterministic_cells_ask_for_gradients_that_repeat(
+def modes() -> tuple[Any, ...]:
+    """What torch is asked for, as far as determinism is concerned."""
+    from torch._inductor import config
+
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        config.deterministic,
+    )
+
+
+def test_only_the_backward_of_deterministic_cells_is_asked_to_repeat(
     flash_attention_registry_reset,
 ) -> None:
     class Notes(Zeros):
         def forward(self, call):
-            found.append(torch.are_deterministic_algorithms_enabled())
+            forwards.add(modes())
             return super().forward(call)
 
         def backward(self, call, grad_out, out, lse):
-            found.append(torch.are_deterministic_algorithms_enabled())
-            fills.append(torch.utils.deterministic.fill_uninitialized_memory)
+            backwards.append(modes())
             return super().backward(call, grad_out, out, lse)
 
-    found: list[bool] = []
-    fills: list[bool] = []
+    forwards: set[tuple[Any, ...]] = set()
+    backwards: list[tuple[Any, ...]] = []
     flash_attention_registry_reset.register("notes", register_fn=lambda: install(Notes(), "cpu"))
-    result(BACKWARD, "notes")
-    result(dataclasses.replace(BACKWARD, deterministic=True), "notes")
-    assert found == [False, False, False, True]
-    assert fills == [True, False]
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = modes()
+    for cell, mode in (
+        (BACKWARD, before),
+        (dataclasses.replace(BACKWARD, deterministic=True), (True, True, False, True)),
+    ):
+        backwards.clear()
+        found = measure_cell(cell, ["native", "notes"], 0.0, "cpu", HostClock())
+        assert not found.skipped
+        assert len(backwards) > 1  # to see that it runs, and in its turns
+        assert set(backwards) == {mode}
+    assert forwards == {before}
+    assert modes() == before
+
+
+def test_no_mode_is_set_in_the_time_of_a_call(zeros, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_in_a_call(*_: object, **__: object) -> None:
+        pytest.fail("the call that is timed sets the mode")
+
+    cell = dataclasses.replace(BACKWARD, deterministic=True)
+    with running_on("zeros", "cpu"):
+        run = operation(cell, make_inputs(cell, "cpu"), "zeros")
+        monkeypatch.setattr(torch, "use_deterministic_algorithms", set_in_a_call)
+        run()
+
+
+def test_what_the_user_has_set_is_set_again_after_deterministic_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "deterministic", True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    before = modes()
+    with contextlib.suppress(KeyError), mode_of(dataclasses.replace(BACKWARD, deterministic=True)):
+        raise KeyError
+    assert modes() == before == (False, False, False, True)

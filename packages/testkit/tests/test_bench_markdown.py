@@ -49,6 +49,17 @@ def test_who_has_no_figures_in_a_cell_has_a_dash() -> None:
     assert "| forward | 64 | 4096 | causal | - | 123 | - | - | - |" in lines
 
 
+def test_rows_from_before_determinism_was_noted_join_those_that_were_not_to_repeat() -> None:
+    old = row("torch:flash", direction="backward", tflops=82.3)
+    new = row("mine", direction="backward", deterministic=False)
+    repeating = row("mine", direction="backward", deterministic=True)
+    assert lines_of(old, new, repeating)[4:7] == [
+        "| backward | 64 | 1024 | causal | 82 | 123 |",
+        "| backward, deterministic | 64 | 1024 | causal | - | 123 |",
+        "",
+    ]
+
+
 def test_several_implementations_are_named_with_their_ratios() -> None:
     lines = lines_of(*STOCK, row("mine", **RATIOS), row("yours", **RATIOS))
     assert lines[2].endswith(

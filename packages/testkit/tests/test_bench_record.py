@@ -121,6 +121,17 @@ def test_the_table_shows_rows_means_host_times_and_reasons(record) -> None:
     assert "torch:efficient, 1 cell: no such kernel" in text
 
 
+def test_the_table_says_whose_gradients_were_to_repeat() -> None:
+    cells = [
+        Cell("backward", 64, 8, False, 1, 1, 1, deterministic=asked) for asked in (False, True)
+    ]
+    rows = [row for cell in cells for row in rows_of("own", cell, figures(mine=0.5), {})]
+    lines = render({"environment": {}, "rows": rows}).splitlines()
+    assert [line.split("  ")[0] for line in lines if " mine " in line] == [
+        *("backward", "backward, deterministic")
+    ]
+
+
 def test_the_table_says_that_a_run_did_not_finish(record) -> None:
     assert "did not finish" not in render(record)
     assert "did not finish" in render({**record, "finished": False})

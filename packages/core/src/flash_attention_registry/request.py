@@ -43,7 +43,10 @@ class EnvironmentRequest(ForkSensitive):
     def __init__(self, registry: Registry) -> None:
         """Ask for nothing yet."""
         self._registry = registry
-        self._pending: tuple[str, ...] = ()
+        # What the program has decided last, a new object each time, and what is pending with what
+        # it had decided by then: anything newer makes that void, in one step for all threads.
+        self._decision = object()
+        self._asked: tuple[object, tuple[str, ...]] = (self._decision, ())
         self._awaits_first_call = False
         self._await_first_call: AwaitFirstCall | None = None
         self._lock = Lock()
@@ -56,7 +59,12 @@ class EnvironmentRequest(ForkSensitive):
     @property
     def pending(self) -> tuple[str, ...]:
         """The names that are not settled yet, the most wanted first."""
-        return self._pending
+        decision, names = self._asked
+        return names if decision is self._decision else ()
+
+    def ask(self, names: tuple[str, ...]) -> None:
+        """Make these names pending, until they are settled or the program decides itself."""
+        self._asked = (self._decision, names)
 
     def supersede(self) -> None:
         """Drop what is pending, because the program has decided itself.
@@ -65,7 +73,7 @@ class EnvironmentRequest(ForkSensitive):
         thread does itself is no decision of the program's.
         """
         if not (self._settling and self._lock.is_mine()):
-            self._pending = ()
+            self._decision = object()
 
     def activate(self) -> None:
         """Activate what the environment asks for, now; nothing happens if it asks for nothing.
@@ -80,7 +88,7 @@ class EnvironmentRequest(ForkSensitive):
         self._lock.hold(self._read_and_settle)
 
     def _read_and_settle(self) -> None:
-        self._pending = environment.requested()
+        self.ask(environment.requested())
         self._settle()
 
     def honour(self, await_first_call: AwaitFirstCall) -> None:
@@ -106,7 +114,8 @@ class EnvironmentRequest(ForkSensitive):
             _raise_or_warn(error)
             return
         if self._registry.current() is None:
-            self._pending, self._awaits_first_call = wanted, False
+            self.ask(wanted)
+            self._awaits_first_call = False
             self.resume()
 
     def resume(self) -> None:
@@ -122,7 +131,7 @@ class EnvironmentRequest(ForkSensitive):
     def _resume_once(self) -> bool:
         """Return whether it was in vain, but is worth another try."""
         await_first_call = self._await_first_call
-        if not self._pending or await_first_call is None or self._awaits_first_call:
+        if not self.pending or await_first_call is None or self._awaits_first_call:
             return False
         if self._must_wait() or _is_half_imported_sdpa():
             return False
@@ -135,7 +144,7 @@ class EnvironmentRequest(ForkSensitive):
         except BusyError as error:
             return error.is_over()
         except Exception as error:
-            self._pending = ()
+            self.ask(())
             _raise_or_warn(error)
         return False
 
@@ -181,7 +190,7 @@ class EnvironmentRequest(ForkSensitive):
         return self._lock.hold(self._settle_or_warn)
 
     def _settle_or_warn(self) -> bool:
-        names = self._pending
+        asked = self._asked
         try:
             if self._registry.current() is not None:
                 self.supersede()  # it was activated in torch's registry, which tells nobody
@@ -189,8 +198,9 @@ class EnvironmentRequest(ForkSensitive):
         except CudaNeededError:
             raise
         except Exception as error:
-            _raise_or_warn(error, lambda: setattr(self, "_pending", names))
-        return not self._pending
+            # With its decision, so that one that another thread makes at any moment stands.
+            _raise_or_warn(error, lambda: setattr(self, "_asked", asked))
+        return not self.pending
 
     def _must_wait(self) -> bool:
         """Whether this is code that a transition runs, or a provider that is being loaded."""
@@ -198,7 +208,7 @@ class EnvironmentRequest(ForkSensitive):
 
     def _providers_are_half_imported(self) -> bool:
         """Whether the import of a provider's package has begun, and is not over."""
-        return bool(self._pending) and _is_half_imported(self._registry.discovery.packages_seen())
+        return bool(self.pending) and _is_half_imported(self._registry.discovery.packages_seen())
 
     def _settle(self) -> None:
         """Activate the first of what is pending that can be; the lock is held.
@@ -216,21 +226,21 @@ class EnvironmentRequest(ForkSensitive):
         except (CudaNeededError, BusyError):
             raise  # says nothing about the names; nor does an interrupt
         except Exception:
-            self._pending = ()
+            self.ask(())
             raise
-        self._pending = ()
+        self.ask(())
 
     def _end_settling(self) -> None:
         self._settling = False
 
     def _is_pending(self) -> bool:
         """Whether anything is: another thread may have decided otherwise since it was read."""
-        return bool(self._pending)
+        return bool(self.pending)
 
     def _activate_first(self) -> None:
         reasons: dict[str, str] = {}
         failure: Exception | SystemExit | None = None
-        for name in self._pending:
+        for name in self.pending:
             try:
                 if name == NATIVE:
                     self._registry.restore_if_active(wanted=self._is_pending)

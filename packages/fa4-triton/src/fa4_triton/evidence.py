@@ -1,11 +1,15 @@
 """What committed measurements say: the kernels' speed beside what torch itself would run.
 
 The rule of the family: the kernels are recommended on a compute capability where their geometric
-mean is at least that of torch's choice, at every head dim and in both directions that are listed,
+mean is at least that of torch's choice, at each head dim and in each direction that was measured,
 and nothing is known to be slower beside them. Where nothing is listed nobody had such a GPU at
 hand, and they are not recommended.
 
-Numbers are from the records in docs/benchmarks/results, which tests/test_benchmarks.py reads again.
+Speeds are from the records in docs/benchmarks/results, which tests/test_benchmarks.py reads again.
+They have head dims 64, 128 and 256. The forward's is of commit 14c4239 and of a run that did not
+finish: it was ended behind the forward. It is older than windows, packed sequences and the launch
+of today. What is slower besides stands in no record, but in rows of the notebook,
+docs/kernels/fa4-triton.md.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ class Evidence:
         rival: What torch runs there.
         records: The file that each direction's numbers are from.
         speeds: By direction and head dim: speed over the rival's, geometric mean of six cells.
-        besides: What was measured and is slower where the records do not reach.
+        besides: What is slower where the records do not reach, from rows of the notebook.
     """
 
     rival: str

@@ -120,7 +120,8 @@ def _restore_pending(registry: Registry, pending: tuple[str, ...], awaited: bool
     request = registry.request
     if request.pending == pending:
         return
-    request._pending, request._awaits_first_call = pending, awaited
+    request.ask(pending)
+    request._awaits_first_call = awaited
     if pending and awaited and _torch_is_imported():
         from flash_attention_registry.sdpa.router import await_first_call
 

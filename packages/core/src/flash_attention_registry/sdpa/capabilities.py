@@ -183,9 +183,9 @@ class KernelSet(Protocol):
 class HeadsFirst(Protocol):
     """What a kernel set may have beside `KernelSet`: SDPA's forward, in SDPA's own layout.
 
-    For kernels so fast, on small tensors, that the host's time is what a call costs: four views and
-    an `AttentionCall` take a fifth of it. Serves what `supports` and `forward` would, with the same
-    bits, and is called as they are.
+    For kernels so fast, on small tensors, that the host's time is what a call costs: it saves four
+    views and an `AttentionCall`. Serves what `supports` and `forward` would, with the same bits,
+    and is called as they are.
     """
 
     def forward_heads_first(

@@ -37,6 +37,7 @@ __all__ = [
     "NotMeasuredError",
     "StaysInstalledError",
     "make_inputs",
+    "mode_of",
     "operation",
     "running_on",
     "why",
@@ -186,9 +187,9 @@ def make_inputs(cell: Cell, device: str) -> Inputs:
 
 
 def operation(cell: Cell, inputs: Inputs, name: str) -> Callable[[], Any]:
-    """Make the call that is timed; to be called inside `running_on`.
+    """Make the call that is timed, which is to run inside `mode_of`; call this in `running_on`.
 
-    A backward is that of one forward, kept.
+    A backward is that of one forward, kept, which runs here: in no mode of the cell's.
 
     Raises:
         NotMeasuredError: No such call can be made.
@@ -205,27 +206,32 @@ def operation(cell: Cell, inputs: Inputs, name: str) -> Callable[[], Any]:
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, inputs.tensors, grad, retain_graph=True)
 
-    if not cell.deterministic:
-        return backward
-
-    def deterministic_backward() -> tuple[Tensor, ...]:
-        with _deterministic_algorithms():
-            return backward()
-
-    return deterministic_backward
+    return backward
 
 
 @contextlib.contextmanager
-def _deterministic_algorithms() -> Iterator[None]:
-    """What runs inside is to repeat bit for bit, where it can.
+def mode_of(cell: Cell) -> Iterator[None]:
+    """The modes of torch in which a cell's calls run: for a deterministic one, deterministic ones.
 
-    Torch also fills new memory with NaN then, for those who read it unwritten; not here, where
-    kernels are timed.
+    These are `torch.use_deterministic_algorithms(True, warn_only=True)`, with
+    `torch.utils.deterministic.fill_uninitialized_memory` off: torch would fill new memory with NaN,
+    for those who read it unwritten, and kernels are timed here.
+
+    A mode that only warns changes nothing in torch's own backwards: FlashAttention-2 and the
+    efficient one repeat only where it is an error not to, and cuDNN's attention torch calls
+    non-deterministic, and would not choose it there. So their figures are those of their ordinary
+    backwards; a kernel set is asked for gradients that repeat in either mode. The forward is made
+    outside, by `operation`. The mode is set around a turn, so that no call's time has it.
     """
+    if not cell.deterministic:
+        yield
+        return
+    import torch._inductor.config as inductor  # by an attribute of torch, only once it is imported
+
     options: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = options.fill_uninitialized_memory
+    fills, compiles = options.fill_uninitialized_memory, inductor.deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     options.fill_uninitialized_memory = False
     try:
@@ -233,6 +239,7 @@ def _deterministic_algorithms() -> Iterator[None]:
     finally:
         options.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
+        inductor.deterministic = compiles  # torch sets it too, and its user may have before
 
 
 def _dense(cell: Cell, inputs: Inputs) -> Callable[[], Tensor]:

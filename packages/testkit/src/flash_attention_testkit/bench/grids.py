@@ -45,8 +45,8 @@ class Cell:
         query_len: Query rows of a sequence; None is `seq_len`.
         seq_lens: Lengths of packed sequences; empty for a dense batch.
         grad_layout: Of `GRAD_LAYOUTS`; for the backward of a dense batch only.
-        deterministic: Whether the gradients are asked for as
-            `torch.use_deterministic_algorithms(True)` does; backward only.
+        deterministic: Whether the gradients are to repeat: they are computed in the mode that
+            `backends.mode_of` sets, from a forward outside of it; backward only.
     """
 
     direction: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flash_attention_testkit.bench.record import BASES, TITLES, means
+from flash_attention_testkit.bench.record import BASES, TITLES, direction_of, means
 
 __all__ = ["BEGIN", "END", "markdown", "with_table"]
 
@@ -102,7 +102,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         lines.append(
             _line(
                 [
-                    *([str(first["batch"]), heads] if decoding else [first["direction"]]),
+                    *([str(first["batch"]), heads] if decoding else [direction_of(first)]),
                     *([heads] if grouped and not decoding else []),
                     *(str(first["head_dim"]), length),
                     *([] if decoding else ["causal" if first["causal"] else "full"]),
@@ -143,10 +143,14 @@ def _cells(rows: Iterable[Row]) -> list[dict[str, Row]]:
         "kv_heads",
         "dtype",
         "grad_layout",
-        "deterministic",
     )
     for row in rows:
-        key = (*(row.get(axis) for axis in axes), str(row.get("seq_lens")), row.get("query_len"))
+        key = (
+            *(row.get(axis) for axis in axes),
+            row.get("deterministic", False),  # records from before it was noted have no such cells
+            str(row.get("seq_lens")),
+            row.get("query_len"),
+        )
         cells.setdefault(key, {})[row["impl"]] = row
     return list(cells.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from flash_attention_testkit.bench.backends import (
     STOCK,
     Inputs,
     make_inputs,
+    mode_of,
     operation,
     running_on,
     why,
@@ -118,14 +119,22 @@ def _contestant(cell: Cell, inputs: Inputs, name: str, device: str) -> Contestan
             warnings.simplefilter("always")
             try:
                 run = operation(cell, inputs, name)
-                run()
+                with mode_of(cell):
+                    run()
             finally:
                 said = [str(one.message).partition(" (Triggered")[0] for one in caught]
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not said:
             raise
         raise RuntimeError(f"{error} {'; '.join(said)}") from error
-    return Contestant(run, functools.partial(running_on, name, device))
+    return Contestant(run, functools.partial(_turn, cell, name, device))
+
+
+@contextlib.contextmanager
+def _turn(cell: Cell, name: str, device: str) -> Iterator[None]:
+    """Where a contestant's calls run on its kernels, and as the cell asks."""
+    with running_on(name, device), mode_of(cell):
+        yield
 
 
 def _peak_mib(contestant: Contestant) -> float:

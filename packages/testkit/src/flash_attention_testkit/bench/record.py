@@ -20,6 +20,7 @@ __all__ = [
     "BASES",
     "TITLES",
     "Mean",
+    "direction_of",
     "fingerprint",
     "means",
     "read_record",
@@ -76,6 +77,12 @@ def rows_of(
         row["peak_mib"] = None if found.peak_mib is None else round(found.peak_mib, 1)
         rows.append(row)
     return rows
+
+
+def direction_of(row: Mapping[str, Any]) -> str:
+    """What tables call a row's direction; says too if its gradients were to repeat."""
+    direction: str = row["direction"]
+    return f"{direction}, deterministic" if row.get("deterministic") else direction
 
 
 def skipped_of(grid: str, cell: Cell, figures: CellFigures) -> list[dict[str, Any]]:

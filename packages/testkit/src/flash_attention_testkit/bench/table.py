@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flash_attention_registry.layout import columns
-from flash_attention_testkit.bench.record import BASES, means
+from flash_attention_testkit.bench.record import BASES, direction_of, means
 
 __all__ = ["bar", "render"]
 
@@ -65,7 +65,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     speed = f"{row['tflops']:.4g} TF" if row.get("gbs") is None else f"{row['gbs']:.4g} GB"
     share = row.get("share_of_ceiling")
     return (
-        row["direction"],
+        direction_of(row),
         str(row["batch"]),
         str(heads) if heads == kv_heads else f"{heads}/{kv_heads}",
         f"{length} packed" if row.get("seq_lens") else length,
