@@ -51,7 +51,7 @@ def main() -> None:
     compiled: list[Any] = []
     knobs.compilation.listener = lambda *, src, **_: compiled.append(src)
     counter = torch.zeros(1, dtype=torch.int32)
-    hopper_launch._standing_counter = lambda device, stream: counter
+    hopper_launch._standing_counters[-1, 0] = counter
     query = torch.zeros(2, 4096, 16, 64, dtype=torch.bfloat16)
     call = AttentionCall(query, query, query, 0.125, True, out=torch.zeros_like(query))
     # A head dim that the Hopper forward does not serve.

@@ -165,6 +165,47 @@ def test_a_captured_graph_replays_with_changed_inputs(
             assert_same(one, two)
 
 
+def test_graphs_of_torch_compile_keep_nothing_of_a_warm_up(
+    inputs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They warm up in the graph's memory, on a stream that Hopper's forward has not seen yet."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("other GPUs' kernels draw no tiles")
+    from fa4_triton import hopper_launch
+
+    standing: dict[tuple[int, int], Tensor] = {}
+    monkeypatch.setattr(hopper_launch, "_standing_counters", standing)
+    given = inputs(lengths=(2048, 2048), heads=(16, 4), head_dim=128)
+    expected = attend(given)
+    standing.clear()
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return flash_attn_func(query, key, value, causal=True)
+
+    leaves = given.requiring_grad()
+    for _ in range(4):  # warmed up, captured, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        out = attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, given.grad_out)
+        for one, two in zip((out.detach(), *grads), expected, strict=True):
+            assert_same(one, two)
+    assert standing, "no tiles were drawn outside of a capture"
+
+
+def test_a_stream_tells_whether_torch_made_it() -> None:
+    """By their ids, on which the Hopper kernels' counters rely."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("other GPUs' kernels draw no tiles")
+    from fa4_triton.hopper_launch import _is_of_torch
+
+    assert _is_of_torch(torch.cuda.default_stream())
+    assert _is_of_torch(torch.cuda.Stream())
+    assert _is_of_torch(torch.cuda.Stream(priority=-1))
+    for handle in (2, 1 << 20):  # cudaStreamPerThread, and like an address
+        assert not _is_of_torch(torch.cuda.ExternalStream(handle))
+
+
 def test_two_streams_at_once_do_not_disturb_each_other(inputs: Callable[..., Any]) -> None:
     """Kernels run on the stream that is current, and share nothing."""
     shape = {"lengths": (1000, 1000), "heads": (8, 2), "head_dim": 64}

@@ -248,6 +248,26 @@ def test_heads_first_gives_the_same_bits(inputs: Any, causal: bool, scale: float
         assert torch.equal(stats[..., 0], lse)
 
 
+def test_heads_first_remembers_nothing_of_a_subclass(
+    inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it remembers serves all kernel sets."""
+    from fa4_triton.launch import Variant
+
+    monkeypatch.setattr(Variant, "launch", lambda *_: None)
+
+    class Declining(TritonKernels):
+        def supports(self, call: AttentionCall) -> str | None:
+            return "never"
+
+    given = inputs(lengths=(7, 9))
+    views = [one.transpose(1, 2) for one in given_tensors(given)]
+    rest = (torch.empty_like(views[0]), views[0].new_empty(1, 1, 7, dtype=torch.float32))
+    forget_plans()
+    Declining().forward_heads_first(*views, *rest, 1.0, False, 0.0)
+    assert TritonKernels().forward_heads_first(*views, *rest, 1.0, False, 0.0) is None
+
+
 def test_heads_first_declines_what_supports_declines(inputs: Any) -> None:
     given = inputs(lengths=(7, 9))
     views = [one.transpose(1, 2).float() for one in given_tensors(given)]

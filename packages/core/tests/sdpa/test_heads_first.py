@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attention_registry.errors import CallDeclinedError
-from flash_attention_registry.sdpa import dispatch_counts, install
+from flash_attention_registry.sdpa import dispatch_counts, install, serving
 
 FLASH = "_scaled_dot_product_flash_attention"
 CUDNN = "_scaled_dot_product_cudnn_attention"
@@ -71,3 +71,86 @@ def test_a_bias_goes_the_long_way(
         cuda_op(CUDNN, *tensors, bias, True)
     assert kernels.shortcuts == 0
     assert dispatch_counts()[CUDNN].declined == {"attn_bias is not supported": 1}
+
+
+def test_a_subclass_that_overrides_what_it_stands_for_goes_the_long_way(
+    heads_first_kernels: Any, tensors: list[Tensor], cuda_op: CudaOp
+) -> None:
+    class Declining(heads_first_kernels):
+        def supports(self, call: Any) -> str | None:
+            return "never"
+
+    class Counting(heads_first_kernels):
+        forwards = 0
+
+        def forward(self, call: Any) -> tuple[Tensor, Tensor]:
+            self.forwards += 1
+            return super().forward(call)
+
+    counting = Counting()
+    install(counting, "cuda")
+    cuda_op(FLASH, *tensors)
+    assert (counting.forwards, counting.shortcuts) == (1, 0)
+    install(Declining(), "cuda")
+    with pytest.raises(RuntimeError, match="no CUDA kernel to fall back to"):
+        cuda_op(FLASH, *tensors)
+    assert dispatch_counts()[FLASH].declined == {"never": 1}
+
+
+def test_methods_of_an_instance_override_too(
+    heads_first_kernels: Any, tensors: list[Tensor], cuda_op: CudaOp
+) -> None:
+    kernels = heads_first_kernels()
+    kernels.supports = lambda call: "never"
+    install(kernels, "cuda")
+    with pytest.raises(RuntimeError, match="no CUDA kernel to fall back to"):
+        cuda_op(FLASH, *tensors)
+    assert kernels.shortcuts == 0
+
+
+def test_it_is_taken_from_a_subclass_that_overrides_all(
+    heads_first_kernels: Any, tensors: list[Tensor], cuda_op: CudaOp
+) -> None:
+    class Own(heads_first_kernels):
+        def supports(self, call: Any) -> str | None:
+            return super().supports(call)
+
+        def forward_heads_first(self, *arguments: Any) -> str | None:
+            return super().forward_heads_first(*arguments)
+
+    kernels = Own()
+    install(kernels, "cuda")
+    cuda_op(FLASH, *tensors)
+    assert kernels.shortcuts == 1
+
+
+def test_a_wrapper_does_not_lend_it_by_delegation(
+    heads_first_kernels: Any, tensors: list[Tensor], cuda_op: CudaOp
+) -> None:
+    class Wrapper:
+        def __init__(self, wrapped: Any) -> None:
+            self.wrapped = wrapped
+
+        def supports(self, call: Any) -> str | None:
+            return "never"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.wrapped, name)
+
+    wrapped = heads_first_kernels()
+    kernels: Any = Wrapper(wrapped)
+    install(kernels, "cuda")
+    with pytest.raises(RuntimeError, match="no CUDA kernel to fall back to"):
+        cuda_op(FLASH, *tensors)
+    assert wrapped.shortcuts == 0
+
+
+def test_a_new_shape_keeps_no_tensor_of_its_size(
+    heads_first_kernels: Any, tensors: list[Tensor], cuda_op: CudaOp
+) -> None:
+    """Patterns are for outputs whose sizes are few and small."""
+    install(heads_first_kernels(), "cuda")
+    cuda_op(FLASH, *tensors)
+    before = serving.pattern.cache_info().misses
+    cuda_op(FLASH, *(torch.randn(2, 4, 11, 16).to(torch.bfloat16) for _ in range(3)))
+    assert serving.pattern.cache_info().misses == before

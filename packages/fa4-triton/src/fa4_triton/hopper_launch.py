@@ -5,7 +5,8 @@ Nothing here is imported where the Hopper kernels are not chosen: Gluon may be m
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,22 +82,59 @@ def _encoded(
     return tuple(make_tensordesc_arg(descriptor, variant.descriptions[number]))
 
 
-@cache
-def _standing_counter(device: int, stream: int) -> Tensor:
-    """The counter of one stream, zero whenever no kernel runs on it."""
-    del stream  # part of the key
-    return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+_standing_counters: dict[tuple[int, int], Tensor] = {}
+"""By device and stream: zero whenever no kernel runs on the stream.
+
+Torch's streams only, which are few and never destroyed.
+"""
 
 
 def _counter(device: int, stream: int) -> Tensor:
-    """A counter of tiles that is zero when the next kernel on the stream starts.
+    """A counter of tiles that is zero when the next kernel on the current stream starts.
 
-    Kernels leave it zero, and on one stream they run one after the other. A captured graph may be
-    replayed on another stream, so each launch in it gets a counter of its own.
+    Kernels leave it zero, and on one stream they run one after the other, so that a stream needs
+    one. A captured graph may be replayed on another stream; a handle that is not torch's may be
+    another stream in each thread, or after its stream was destroyed. Launches there get a counter
+    of their own.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
-    return _standing_counter(device, stream)
+        return _new_counter(device)
+    counter = _standing_counters.get((device, stream))
+    if counter is not None:
+        return counter
+    current = torch.cuda.current_stream(device)
+    if not _is_of_torch(current):
+        return _new_counter(device)
+    # Of two threads that come here at once both get the same one.
+    return _standing_counters.setdefault((device, stream), _lasting_counter(device, current))
+
+
+def _new_counter(device: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+
+
+def _is_of_torch(stream: torch.cuda.Stream) -> bool:
+    """Whether torch made the stream: its id is odd, or 0 for the default one.
+
+    The id of any other stream is its handle: an address, or 2 for CUDA's stream of each thread.
+    """
+    return stream.stream_id == 0 or stream.stream_id % 2 == 1
+
+
+def _lasting_counter(device: int, stream: torch.cuda.Stream) -> Tensor:
+    """A counter in memory that is in no pool, and zero for what `stream` runs from now on.
+
+    The caller may allocate from the pool of a graph without capturing it, as the warm-up of
+    `torch.compile(mode="reduce-overhead")` does. What is kept from there is taken for a leak, or
+    overwritten by the graph. Such a pool is for one thread's allocations, so another makes this.
+    """
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            return _new_counter(device)
+
+    with ThreadPoolExecutor(1) as helper:
+        return helper.submit(make).result()
 
 
 class HopperForward:

@@ -356,6 +356,31 @@ def empty_row_stats(query: Tensor) -> Tensor:
     return query.new_empty(stats, dtype=torch.float32)
 
 
+def _reason_to_decline(call: AttentionCall) -> str | None:
+    if call.out is not None and call.out.stride(-1) != 1:
+        return "the last dimension of out is not contiguous"
+    return CAPABILITIES.reason_to_decline(call)
+
+
+def _forward_heads_first_of(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, causal: bool
+) -> _Forward | str:
+    """What serves a call of `forward_heads_first`, whichever kernel set it comes to, or why not."""
+    views = [tensor.transpose(1, 2) for tensor in (query, key, value, out)]
+    call = AttentionCall(views[0], views[1], views[2], scale, causal, out=views[3])
+    reason = _reason_to_decline(call)
+    if reason is not None:
+        return reason
+    return _forward_of(
+        query.get_device(),
+        query.dtype,
+        request_of(call),
+        tuple([view.stride() for view in views]),
+        _alignment([view.data_ptr() for view in views]),
+        _kind_of(scale),
+    )
+
+
 class TritonKernels:
     """Attention in Triton, forward and backward: portable kernels, and Hopper's own in Gluon.
 
@@ -367,9 +392,7 @@ class TritonKernels:
 
     def supports(self, call: AttentionCall) -> str | None:
         """None if `call` is served, else why not."""
-        if call.out is not None and call.out.stride(-1) != 1:
-            return "the last dimension of out is not contiguous"
-        return CAPABILITIES.reason_to_decline(call)
+        return _reason_to_decline(call)
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Attention of one call.
@@ -424,7 +447,7 @@ class TritonKernels:
         )
         chosen = _looks.get(look)
         if chosen is None:
-            chosen = self._forward_heads_first_of(query, key, value, out, scale, causal)
+            chosen = _forward_heads_first_of(query, key, value, out, scale, causal)
             if len(_looks) >= _MOST_LOOKS:
                 _looks.clear()
             _looks[look] = chosen
@@ -434,23 +457,6 @@ class TritonKernels:
         tensors = (query, key, value, out, lse, None, None)
         chosen.launch(device_index, tensors, pointers, scale, lse_of_empty_rows)
         return None
-
-    def _forward_heads_first_of(
-        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, causal: bool
-    ) -> _Forward | str:
-        views = [tensor.transpose(1, 2) for tensor in (query, key, value, out)]
-        call = AttentionCall(views[0], views[1], views[2], scale, causal, out=views[3])
-        reason = self.supports(call)
-        if reason is not None:
-            return reason
-        return _forward_of(
-            query.get_device(),
-            query.dtype,
-            request_of(call),
-            tuple([view.stride() for view in views]),
-            _alignment([view.data_ptr() for view in views]),
-            _kind_of(scale),
-        )
 
     def backward(
         self,

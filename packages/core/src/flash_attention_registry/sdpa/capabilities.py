@@ -186,6 +186,10 @@ class HeadsFirst(Protocol):
     For kernels so fast, on small tensors, that the host's time is what a call costs: it saves four
     views and an `AttentionCall`. Serves what `supports` and `forward` would, with the same bits,
     and is called as they are.
+
+    Taken only from the class that defines `supports` and `forward`, or one that derives from it: a
+    kernel set that overrides either, or delegates to another by `__getattr__`, is called by these
+    unless it defines its own `forward_heads_first`.
     """
 
     def forward_heads_first(

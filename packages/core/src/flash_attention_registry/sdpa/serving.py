@@ -36,7 +36,8 @@ class ActiveKernels:
     its slot is not touched by a switch in another thread.
 
     Attributes:
-        forward_heads_first: The kernel set's shortcut (`HeadsFirst`), None if it has none.
+        forward_heads_first: The kernel set's shortcut (`HeadsFirst`), None if it has none that
+            stands for its `supports` and `forward`.
         strict: Whether a call that is not served is an error.
         native: What takes calls before they come to a router, None if nothing does.
     """
@@ -64,8 +65,22 @@ class ActiveKernels:
         self.supports = kernel_set.supports
         self.forward = kernel_set.forward
         self.backward = kernel_set.backward
-        self.forward_heads_first: Shortcut | None = getattr(kernel_set, "forward_heads_first", None)
+        self.forward_heads_first = _shortcut_of(kernel_set)
         self.reason_against_backward = kernel_set.capabilities.reason_to_decline_backward
+
+
+def _shortcut_of(kernel_set: KernelSet) -> Shortcut | None:
+    """`forward_heads_first`, unless `supports` or `forward` was overridden past it.
+
+    Nor is it taken where `__getattr__` finds it, in an object that a kernel set wraps.
+    """
+    shared = {"forward_heads_first", "supports", "forward"}
+    for names in (getattr(kernel_set, "__dict__", {}), *map(vars, type(kernel_set).__mro__)):
+        if not shared.isdisjoint(names):
+            # The first that defines any of the three: its methods hide those of all others.
+            shortcut: Shortcut | None = getattr(kernel_set, "forward_heads_first", None)
+            return shortcut if "forward_heads_first" in names else None
+    return None
 
 
 def run_forward(kernels: ActiveKernels, call: AttentionCall, target: Tensor) -> Tensor | str:
@@ -179,7 +194,7 @@ def serve_bhsd(
     if shortcut is not None and attn_bias is None and out.stride()[3] == 1:
         batch, heads, rows, _ = query.shape
         shape = (batch, heads, rows, 1) if lse_column else (batch, heads, rows)
-        lse = torch.empty_like(pattern(shape, torch.float32, query.device))
+        lse = query.new_empty(shape, dtype=torch.float32)
         reason = run_heads_first(
             shortcut, query, key, value, out, lse, factor, causal, lse_of_empty_rows
         )
@@ -275,9 +290,10 @@ def _strides_of_empty_like(shape: torch.Size, strides: tuple[int, ...]) -> tuple
 
 @lru_cache(maxsize=4096)
 def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor without memory, to make others like it.
+    """A small tensor without memory, to make others like it.
 
-    `torch.empty_like` takes the host about half the time of `torch.empty`.
+    It has memory for a moment, when it is first asked for. `torch.empty_like` takes the host about
+    half the time of `torch.empty`.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.untyped_storage().resize_(0)
