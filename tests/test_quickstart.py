@@ -77,6 +77,7 @@ def test_demo_shows_everything_and_succeeds() -> None:
     ("change", "noticed"),
     [
         pytest.param(
+            "del TritonKernels.forward_heads_first\n"
             "TritonKernels.supports = lambda self, call: 'switched off'",
             ["calls of attention were served", "no forward op was served"],
             id="no call is served",

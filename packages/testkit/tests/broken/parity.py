@@ -344,10 +344,14 @@ class LosesARowOfDqOnceIn50Calls(Race):
 
 @found_by("test_gradients_repeat")
 class AddsToDqInAnyOrder(PlainKernelSet):
-    """As atomic additions do, though determinism is declared: its last bits are as it happens."""
+    """As atomic additions do, though determinism is declared: its last bits are as it happens.
+
+    By so much that some of a few hundred elements cross a boundary between numbers of bfloat16,
+    whatever the inputs, and by too little to be wrong.
+    """
 
     def store_dq(self, call: AttentionCall, dq: Tensor) -> Tensor:
-        return super().store_dq(call, dq * (1 + 1e-6 * torch.randn_like(dq)))
+        return super().store_dq(call, dq * (1 + 3e-5 * torch.randn_like(dq)))
 
 
 # Sizes that few calls have

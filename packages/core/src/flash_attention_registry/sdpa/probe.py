@@ -194,5 +194,6 @@ def _ask(
     kernels = ActiveKernels(kernel_set, strict=False)
     supports = kernels.supports
     kernels.supports = lambda call: supports(call) or _SERVED
+    kernels.forward_heads_first = None  # it would run what it serves
     reason: str = ROUTED_OPS[device_type].adapters[op](kernels, *arguments, **options)
     return reason
