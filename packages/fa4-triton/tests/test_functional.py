@@ -208,12 +208,11 @@ def test_compiled_without_a_graph_break(inputs: Make, packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_operator_says_its_own_shapes_and_derivative(inputs: Make, packed: bool) -> None:
-    from fa4_triton.custom_ops import attention
-
     given = inputs(
         lengths=([20, 13], [30, 3]) if packed else (33, 20), heads=(2, 1), layout="odd strides"
     )
     rest = packed_arguments(given) if packed else (None, None, 0, 0)
+    attention = torch.ops.fa4_triton.attention.default
     torch.library.opcheck(
         attention, (*given.requiring_grad(), *rest, 0.125, False, 5, 3, False), rtol=0, atol=0
     )

@@ -19,6 +19,7 @@ from flash_attention_registry.sdpa import (
     dispatch_counts,
     reset_dispatch_counts,
 )
+from flash_attention_registry.sdpa.allocation import empty_lse
 
 
 def test_the_kernel_set_has_every_part_of_one() -> None:
@@ -200,7 +201,7 @@ def test_what_was_launched_is_counted_and_a_launch_that_fails_is_not(
     monkeypatch.setattr(hopper_backward_launch, "launch_backward", launch)
     given = inputs(lengths=(100, 130), head_dim=head_dim)
     call = AttentionCall(*given_tensors(given), 0.5, False)
-    lse = kernel_set.empty_row_stats(given.query)
+    lse = empty_lse(given.query)
     kernels = TritonKernels()
     for run_one in (
         lambda: kernels.forward(call),

@@ -153,7 +153,7 @@ def heads_first_kernels() -> type[HeadsFirstKernels]:
     return HeadsFirstKernels
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plain_kernels() -> type[PlainKernels]:
     """The class of kernel sets to install."""
     return PlainKernels

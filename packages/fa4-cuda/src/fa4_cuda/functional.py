@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fa4_cuda.custom_ops import attention
+from fa4_cuda.kernel_set import CudaKernels
 from fa4_cuda.provider import NAME
-from flash_attention_registry.sdpa.direct import (
-    check_dense,
-    check_options,
-    check_packed,
-    mask_of,
-    with_unit_stride,
-)
+from flash_attention_registry.sdpa.direct import check_options
+from flash_attention_registry.sdpa.operators import attend, attend_packed, make_operator
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
+
+_attention = make_operator("fa4_cuda", CudaKernels())
 
 
 def flash_attn_func(
@@ -66,12 +63,17 @@ def flash_attn_func(
         NotImplementedError: The kernels do not serve such a call.
     """
     check_options(NAME, dropout_p, softcap, alibi_slopes)
-    check_dense(q, k, v)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
-    mask = mask_of(causal, window_size)
-    out, lse = attention(q, k, v, None, None, 0, 0, scale, *mask, deterministic)
-    return (out, lse, None) if return_attn_probs else out
+    return attend(
+        _attention,
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic,
+        return_attn_probs,
+    )
 
 
 def flash_attn_varlen_func(
@@ -125,19 +127,16 @@ def flash_attn_varlen_func(
         NotImplementedError: The kernels do not serve such a call.
     """
     check_options(NAME, dropout_p, softcap, alibi_slopes, block_table)
-    check_packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
-    out, lse = attention(
+    return attend_packed(
+        _attention,
         q,
         k,
         v,
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(),
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        *mask_of(causal, window_size),
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        softmax_scale,
+        causal,
+        window_size,
         deterministic,
+        return_attn_probs,
     )
-    return (out, lse, None) if return_attn_probs else out

@@ -22,6 +22,7 @@ from fa4_cuda.library import (
     load,
 )
 from flash_attention_registry.sdpa import Capabilities
+from flash_attention_registry.sdpa.allocation import empty_like, empty_lse
 from flash_attention_registry.sdpa.direct import not_served
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from flash_attention_registry.sdpa import AttentionCall
 
-__all__ = ["CAPABILITIES", "CudaKernels", "empty_like", "empty_lse"]
+__all__ = ["CAPABILITIES", "CudaKernels"]
 
 CAPABILITIES = Capabilities(
     device_types=frozenset({"cuda"}),
@@ -134,22 +135,6 @@ class CudaKernels:
         _point_to_lse(args, lse)
         _launch("backward", args, BackwardPlan(), call.query)
         return grads
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """Uninitialised, shaped, typed and laid out like `tensor`, with a contiguous last dimension.
-
-    `torch.empty_like` alone may order the dimensions of overlapping rows (`unfold`) otherwise.
-    """
-    made = torch.empty_like(tensor)
-    return made if made.stride(-1) == 1 else tensor.new_empty(tensor.shape)
-
-
-def empty_lse(query: Tensor) -> Tensor:
-    """Uninitialised float32, one number a row: `[B, Hq, Sq]`, or `[Hq, Tq]` if packed."""
-    shape = query.shape
-    rows = (shape[0], shape[2], shape[1]) if len(shape) == 4 else (shape[1], shape[0])
-    return query.new_empty(rows, dtype=torch.float32)
 
 
 @cache

@@ -42,8 +42,9 @@ from fa4_triton.plan import (
 )
 from fa4_triton.tiles import Kernel, Tile, architecture, key_gradient_kernels
 from flash_attention_registry.sdpa import AttentionCall, Capabilities, count_kernel
+from flash_attention_registry.sdpa.allocation import empty_like, empty_lse
 
-__all__ = ["ASKED", "CAPABILITIES", "TritonKernels", "empty_like", "empty_row_stats", "variants_of"]
+__all__ = ["ASKED", "CAPABILITIES", "TritonKernels", "variants_of"]
 
 ASKED = asked_for()
 """Which kernels the environment asks for; settled when this module is imported."""
@@ -340,22 +341,6 @@ def _alignment(pointers: list[int]) -> int:
     return sum(1 << bit for bit, pointer in enumerate(pointers) if pointer % 16 == 0)
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """Uninitialised, shaped, typed and laid out like `tensor`, with a contiguous last dimension.
-
-    `torch.empty_like` alone may order the dimensions of overlapping rows (`unfold`) otherwise.
-    """
-    made = torch.empty_like(tensor)
-    return made if made.stride(-1) == 1 else tensor.new_empty(tensor.shape)
-
-
-def empty_row_stats(query: Tensor) -> Tensor:
-    """Uninitialised fp32, one number a row: [B, Hq, Sq], or [Hq, Tq] of packed sequences."""
-    shape = query.shape
-    stats = (shape[0], shape[2], shape[1]) if len(shape) == 4 else (shape[1], shape[0])
-    return query.new_empty(stats, dtype=torch.float32)
-
-
 def _reason_to_decline(call: AttentionCall) -> str | None:
     if call.out is not None and call.out.stride(-1) != 1:
         return "the last dimension of out is not contiguous"
@@ -403,7 +388,7 @@ class TritonKernels:
         """
         query, key, value = call.query, call.key, call.value
         out = empty_like(query) if call.out is None else call.out
-        lse = empty_row_stats(query)
+        lse = empty_lse(query)
         tensors = (query, key, value, out, lse, call.cu_seqlens_query, call.cu_seqlens_key)
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         scale = call.scale
@@ -464,6 +449,7 @@ class TritonKernels:
         grad_out: Tensor,
         out: Tensor,
         lse: Tensor,
+        *,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of one call.
@@ -497,7 +483,7 @@ class TritonKernels:
             )
             count_kernel("fa4-triton's Hopper backward")
             return grads
-        delta = empty_row_stats(query)
+        delta = empty_lse(query)  # likewise a number a row
         scale = (call.scale,)
         _launch("dq", call, (query, key, value, grad_out, out, dq), (lse, delta), scale)
         architecture_class = _device(query.get_device()).architecture
