@@ -35,6 +35,7 @@ from fa4_triton.plan import Device, Request
 __all__ = [
     "NOTEBOOK",
     "SHARED_LIMIT",
+    "exponents",
     "few_cases",
     "group_hazards",
     "record_of",
@@ -72,6 +73,7 @@ class Record:
     loops: tuple[Loop, ...]  # that multiply, over blocks and over tiles
     register_operands: int  # products whose left operand is in registers
     hazards: tuple[str, ...]  # instructions that overwrite such an operand under way
+    exponents: tuple[int, int]  # places where P is made, and those of them that hide the unseen
 
 
 def cases() -> Iterator[Case]:
@@ -164,7 +166,30 @@ def compile_case(case: Case) -> Record:
         loops=tuple(product_loops(code)),
         register_operands=operands,
         hazards=tuple(hazards),
+        exponents=exponents(compiled.asm["ttgir"]),
     )
+
+
+_DEFINITION = re.compile(r"\s*(%\w+) = ([\w.]+) (%\w+)")
+_RESHAPING = ("tt.reshape", "ttg.convert_layout")
+
+
+def exponents(ttgir: str) -> tuple[int, int]:
+    """(exponentials of tensors, those of an exponent that a mask was the last to touch)."""
+    found, hidden = 0, 0
+    made_by: dict[str, str] = {}
+    for text in ttgir.splitlines():
+        match = _DEFINITION.match(text)
+        if match is None:
+            continue
+        name, operation, operand = match.groups()
+        if operation in _RESHAPING:
+            operation = made_by.get(operand, "")
+        elif operation == "math.exp2" and "tensor" in text:
+            found += 1
+            hidden += made_by.get(operand) == "arith.select"
+        made_by[name] = operation
+    return found, hidden
 
 
 def group_hazards(code: Iterable[str]) -> tuple[int, list[str]]:
@@ -206,7 +231,7 @@ def record_of(entry: dict[str, Any]) -> Record:
     loops = tuple(
         Loop(tuple(loop["order"]), loop["local"], loop["length"]) for loop in entry["loops"]
     )
-    lists = {name: tuple(entry[name]) for name in ("advisories", "hazards", "block")}
+    lists = {name: tuple(entry[name]) for name in ("advisories", "hazards", "block", "exponents")}
     return Record(**{**entry, **lists, "loops": loops, "case": Case(**entry["case"])})
 
 

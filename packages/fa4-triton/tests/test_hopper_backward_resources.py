@@ -100,6 +100,18 @@ def test_no_operand_of_a_product_under_way_is_overwritten(records: list[Any]) ->
         assert record.hazards == (), record.case
 
 
+def test_p_of_what_is_unseen_is_zero_whatever_lse_is(records: list[Any]) -> None:
+    """Of each consumer's first block and loop with a mask: hidden in S, a NaN in lse would show.
+
+    dQ is made of dS alone, which is hidden itself.
+    """
+    ways = {"fused": 2, "dkdv": 1, "dq": 0}  # consumers whose P goes into a product
+    for record in records:
+        masked = 2 if record.case.mask == "causal" else 0
+        made, hidden = record.exponents
+        assert made >= hidden == ways[record.case.kernel] * masked, record.case
+
+
 PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR8], R24, gsb0 ;"
 OTHER = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;"
 WAIT_ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
@@ -122,6 +134,23 @@ def test_the_scan_knows_which_groups_are_done(
 ) -> None:
     lines = [f"        /*{16 * at:04x}*/                   {text}" for at, text in enumerate(code)]
     assert len(resources.group_hazards(lines)[1]) == hazards
+
+
+@pytest.mark.parametrize(
+    ("last", "before", "hidden"),
+    [("arith.select %3, %4, ", "arith.addf ", 1), ("arith.addf ", "arith.select %3, %4, ", 0)],
+)
+def test_the_scan_knows_what_was_the_last_to_touch_an_exponent(
+    resources: ModuleType, last: str, before: str, hidden: int
+) -> None:
+    code = f"""
+        %0 = {before}%6, %7 : tensor<64x64xf32, #mma>
+        %1 = {last}%0 : tensor<64x8x4x2xf32, #linear>
+        %2 = tt.reshape %1 : tensor<64x8x4x2xf32, #linear> -> tensor<64x64xf32, #linear1>
+        %5 = math.exp2 %2 : tensor<64x64xf32, #linear1>
+        %8 = math.exp2 %9 : f32
+    """
+    assert resources.exponents(code) == (1, hidden)
 
 
 def test_the_notebook_says_what_the_compiler_says(

@@ -143,11 +143,15 @@ def _probabilities(
     config: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """P^T [KEYS, M], rounded."""
-    if MASKED:
-        s = hide(s, first_seeing, float("-inf"), config.m, False)
+    """P^T [KEYS, M], rounded.
+
+    What a query does not see is hidden in the exponent, not in S: -lse may be NaN.
+    """
     negative_lse = lse_block.load(gl.SliceLayout(0, s.type.layout))
-    return gl.exp2(s * scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
+    exponent = s * scale_log2 + gl.expand_dims(negative_lse, 0)
+    if MASKED:
+        exponent = hide(exponent, first_seeing, float("-inf"), config.m, False)
+    return gl.exp2(exponent).to(dtype)
 
 
 @gluon.jit

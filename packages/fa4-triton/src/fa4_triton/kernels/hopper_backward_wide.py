@@ -108,11 +108,15 @@ class KeyMemory(NamedTuple):
 
 @gluon.jit
 def _make_p(s, memory, at, first_seeing, problem, config: gl.constexpr, MASKED: gl.constexpr):
-    """P^T [KEYS, M], rounded, also for the other consumer. `at` is where S came from."""
-    if MASKED:
-        s = hide(s, first_seeing, float("-inf"), config.m, False)
+    """P^T [KEYS, M], rounded, also for the other consumer. `at` is where S came from.
+
+    What a query does not see is hidden in the exponent, not in S: -lse may be NaN.
+    """
     negative_lse = memory.lse.index(at.slot).load(gl.SliceLayout(0, s.type.layout))
-    p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(memory.k.dtype)
+    exponent = s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)
+    if MASKED:
+        exponent = hide(exponent, first_seeing, float("-inf"), config.m, False)
+    p = gl.exp2(exponent).to(memory.k.dtype)
     memory.p.index(at.slot).store(p)
     mbarrier.arrive(memory.p_full.index(at.slot), count=1)
     return p
