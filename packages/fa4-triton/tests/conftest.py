@@ -7,11 +7,13 @@ Tests that take `device` run twice: on the CPU in Triton's interpreter, and on a
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,12 @@ import torch
 from torch import Tensor
 
 from flash_attention_testkit import SdpaResult, assert_sdpa_parity
+
+sys.path.append(str(Path(__file__).parent))  # packages' tests are no packages themselves
+
+from compilation import Compilation
+
+HERE = Path(__file__).parent
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,6 +56,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seen.add(name)
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
+
+
+COMPILATION = pytest.StashKey[Compilation]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to compile what the tests of this run look at."""
+    if session.config.option.collectonly:
+        return
+    wanted = {
+        _compiled_for(item.path)
+        for item in session.items
+        if item.path.parent == HERE and "records" in getattr(item, "fixturenames", ())
+    }
+    if wanted:
+        session.config.stash[COMPILATION] = Compilation(sorted(wanted))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave nothing running."""
+    if COMPILATION in config.stash:
+        config.stash[COMPILATION].stop()
+
+
+def _compiled_for(path: Path) -> str:
+    """The module whose cases a test module looks at."""
+    return path.stem.removeprefix("test_")
+
+
+@pytest.fixture(scope="module")
+def records(request: pytest.FixtureRequest) -> list[Any]:
+    """What the compiler made of the cases that the test module is about."""
+    return request.config.stash[COMPILATION].records(_compiled_for(request.path))
 
 
 @dataclass(frozen=True)

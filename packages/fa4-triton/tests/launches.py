@@ -59,9 +59,11 @@ def main() -> None:
     portable = AttentionCall(narrow, narrow, narrow, 0.125, True)
     kernels = kernel_set.TritonKernels()
 
-    def forward(one: AttentionCall) -> dict[str, int]:
+    def forward(one: AttentionCall, backward: bool = False) -> dict[str, int]:
         before = (stub.stub_launches(), stub.stub_tensor_maps(), len(compiled))
-        kernels.forward(one)
+        out, lse = kernels.forward(one)
+        if backward:
+            kernels.backward(one, out, out, lse)
         return {
             "launches": stub.stub_launches() - before[0],
             "tensor_maps": stub.stub_tensor_maps() - before[1],
@@ -78,6 +80,9 @@ def main() -> None:
     found["another query"] = forward(other)
     found["its address is in the map"] = stub.stub_first_argument() == other.query.data_ptr()
     found["portable"] = forward(portable)
+    rows, offsets = torch.zeros(5, 16, 64, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    no_sequence = AttentionCall(rows, rows, rows, 0.125, True, None, None, offsets, offsets, 5, 5)
+    found["no sequence"] = forward(no_sequence, backward=True)
     kernel_set._variant.cache_clear()
     kernel_set._hopper_variant.cache_clear()
     kernel_set._forward_of.cache_clear()

@@ -1,36 +1,24 @@
 """What every kernel costs on every architecture, as the compiler says: registers, spills, memory.
 
-Nothing here needs a GPU: Triton compiles ahead of time for any compute capability. Run as a program
-it compiles the cases below and writes their tables into the kernel notebook; with `--json` it
-prints the records instead and changes nothing. Triton must not be in interpreter mode.
+Run as a program it compiles the cases below and writes their tables into the kernel notebook; see
+`compilation.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
-import json
-import multiprocessing
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
+
+from compilation import NOTEBOOKS, SHARED_LIMITS, Report, Table, compiled, workers
 
 from fa4_triton.plan import Device, Packed, Plan, Request, plan_key_gradients, plan_queries
 from fa4_triton.tiles import Kernel, architecture, key_gradient_kernels
 
-NOTEBOOK = Path(__file__).parents[3] / "docs" / "kernels" / "fa4-triton-portable.md"
-BEGIN, END = "<!-- resources:begin -->", "<!-- resources:end -->"
+TABLE = Table(NOTEBOOKS / "fa4-triton-portable.md", "resources")
 
-# Bytes of shared memory a program may have; CUDA C++ Programming Guide, "Technical Specifications
-# per Compute Capability". A capability is written as one number, 90 for 9.0.
-SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 
@@ -83,11 +71,9 @@ class Record:
 
     case: Case
     tile: tuple[int, int, int, int]  # rows, keys, warps, stages
-    registers: int  # a thread
-    spilled_bytes: int  # a thread, stored or loaded, whichever is more
+    report: Report
     shared_bytes: int  # a program
     products: tuple[str, ...]  # PTX's matrix-product instructions in use
-    advisories: tuple[str, ...]  # ptxas's codes C7500 to C7599: matrix products serialised
 
 
 def cases() -> Iterator[Case]:
@@ -106,46 +92,24 @@ def cases() -> Iterator[Case]:
                 yield Case(capability, kernel, head_dim, False, True, True, True, "fp16")
 
 
+tested_cases = cases
+"""All of them."""
+
+
 def compile_case(case: Case) -> Record:
-    """Compile one case. Output of the compiler goes to this process's standard output if it fails.
-
-    Raises:
-        RuntimeError: It does not compile, or ptxas reports in a form that is not known here.
-    """
-    import triton
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-
+    """Compile one case."""
     plan = case.plan()
-    log = io.StringIO()
-    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(log):
-        knobs.cache.dir = cache  # what comes out of a cache has no log
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.disable_line_info = True  # saves time and changes no instruction
-        try:
-            compiled = triton.compile(
-                _source(case, plan),
-                target=GPUTarget("cuda", case.capability, 32),
-                options={"num_warps": plan.tile.warps, "num_stages": plan.tile.stages},
-            )
-        except Exception as error:
-            raise RuntimeError(f"{case} does not compile: {error}") from error
-    report = log.getvalue()
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    if registers is None or spills is None:
-        raise RuntimeError(f"no registers or no spills in ptxas's report on {case}: {report!r}")
-    instructions = re.findall(
-        r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", compiled.asm["ptx"]
+    tile = plan.tile
+    kernel, report = compiled(
+        case, _source(case, plan), case.capability, num_warps=tile.warps, num_stages=tile.stages
     )
+    instructions = re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"])
     return Record(
         case,
-        (plan.tile.m, plan.tile.n, plan.tile.warps, plan.tile.stages),
-        registers=int(registers[1]),
-        spilled_bytes=max(map(int, spills.groups())),
-        shared_bytes=compiled.metadata.shared,
-        products=tuple(sorted(set(instructions))),
-        advisories=tuple(sorted(set(re.findall(r"\bC75\d\d\b", report)))),
+        (tile.m, tile.n, tile.warps, tile.stages),
+        report,
+        kernel.metadata.shared,
+        tuple(sorted(set(instructions))),
     )
 
 
@@ -179,20 +143,6 @@ def _source(case: Case, plan: Plan) -> Any:
     return ASTSource(kernel, types, values, attributes)
 
 
-def record_of(entry: dict[str, Any]) -> Record:
-    """The record that `--json` printed as `entry`."""
-    lists = {name: tuple(entry[name]) for name in ("tile", "products", "advisories")}
-    return Record(**{**entry, **lists, "case": Case(**entry["case"])})
-
-
-def compile_all(chosen: Iterable[Case]) -> list[Record]:
-    """Compile cases in as many processes as there are cores."""
-    # Spawned, not forked: a process that has compiled holds LLVM's threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        return list(pool.map(compile_case, chosen, chunksize=4))
-
-
 def render(records: Iterable[Record]) -> str:
     """The notebook's tables in Markdown, one a kernel; a row is an architecture and a head dim."""
     rows: dict[Kernel, dict[tuple[int, int], list[Record]]] = {}
@@ -215,7 +165,7 @@ HEADER = """\
 def _row(capability: int, head_dim: int, records: list[Record]) -> str:
     """One line of a table: the most that any variant takes."""
     rows, keys, warps, stages = records[0].tile
-    registers = max(record.registers for record in records)
+    registers = max(record.report.registers for record in records)
     shared = max(record.shared_bytes for record in records)
     # An SM has 65536 registers, which warps get in units of 256, and a kibibyte more shared memory
     # than a program may have; each program costs a kibibyte beside what it asks for.
@@ -228,34 +178,13 @@ def _row(capability: int, head_dim: int, records: list[Record]) -> str:
         warps,
         stages,
         registers,
-        max(record.spilled_bytes for record in records),
+        max(record.report.spilled_bytes for record in records),
         shared,
         min(by_registers, by_shared),
     )
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def section(page: str) -> tuple[int, int]:
-    """Where the generated part of the notebook begins and ends, the markers not included."""
-    begin, end = page.find(BEGIN), page.find(END)
-    if not 0 <= begin < end:
-        raise ValueError(f"{NOTEBOOK} must have the line {BEGIN} and after it the line {END}")
-    return begin + len(BEGIN), end
-
-
-def main() -> None:
-    """Write the tables into the notebook, or with `--json` the records to standard output."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the records, change no file")
-    as_json = parser.parse_args().json
-    records = compile_all(cases())
-    if as_json:
-        print(json.dumps([asdict(record) for record in records]))
-        return
-    page = NOTEBOOK.read_text(encoding="utf-8")
-    begin, end = section(page)
-    NOTEBOOK.write_text(f"{page[:begin]}\n{render(records)}\n{page[end:]}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    with workers() as pool:
+        TABLE.write(render(pool.map(compile_case, cases())))

@@ -19,7 +19,7 @@ Make = Callable[..., Any]
 
 
 def packed_arguments(inputs: Any) -> tuple[Any, ...]:
-    longest = (max(one) for one in inputs.lengths)
+    longest = (max(one, default=0) for one in inputs.lengths)
     return (*inputs.offsets(), *longest)
 
 
@@ -123,8 +123,10 @@ def test_nothing_to_attend_gives_results_of_the_right_shape(
         assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("lengths", [([0, 0], [3, 4]), ([3, 4], [0, 0]), ([0], [0])], ids=str)
-def test_packed_sequences_may_all_be_empty(
+@pytest.mark.parametrize(
+    "lengths", [([0, 0], [3, 4]), ([3, 4], [0, 0]), ([0], [0]), ([], [])], ids=str
+)
+def test_packed_sequences_may_all_be_empty_and_there_may_be_none(
     device: str, inputs: Make, lengths: tuple[list[int], list[int]]
 ) -> None:
     given = inputs(lengths=lengths, heads=(4, 2))

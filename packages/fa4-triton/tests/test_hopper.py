@@ -33,6 +33,11 @@ def request(**changes: Any) -> Request:
     return dense._replace(**changes)
 
 
+def packed(sizes: Packed) -> Request:
+    """700 queries and 900 keys."""
+    return request(query_shape=(700, 8, 64), key_shape=(900, 2, 64), packed=sizes)
+
+
 def contiguous(asked: Request) -> tuple[tuple[int, ...], ...]:
     """Strides of query, key, value and out."""
     query, key = (
@@ -124,7 +129,7 @@ def test_a_window_that_hides_nothing_is_none(changes: dict[str, Any], mask: str)
 
 
 def test_packed_sequences_are_a_situation_of_their_own() -> None:
-    asked = request(query_shape=(700, 8, 64), key_shape=(900, 2, 64), packed=Packed(5, 333, 450))
+    asked = packed(Packed(5, 333, 450))
     found = situation_of(
         asked, DEVICE, "bf16", "forward", triton="3.6.0", gluon=None, asked="fastest"
     )
@@ -138,6 +143,9 @@ def test_packed_sequences_are_a_situation_of_their_own() -> None:
         (request(), {"scale": "negative"}, "or negative"),
         (request(query_shape=(2, 0, 8, 64)), {}, "no queries"),
         (request(key_shape=(2, 0, 2, 64)), {}, "no keys"),
+        (packed(Packed(0, 333, 450)), {}, "no queries or no keys"),
+        (packed(Packed(5, 0, 450)), {}, "no queries"),
+        (packed(Packed(5, 333, 0)), {}, "no keys"),
         (request(), {"alignment": 0b1011}, "does not start at a multiple of 16 bytes"),
     ],
 )
@@ -271,7 +279,7 @@ def test_only_what_nothing_else_masks_has_a_tail(keys: int, causal: bool, tail: 
 
 
 def test_packed_tensors_are_described_as_one_long_sequence() -> None:
-    asked = request(query_shape=(700, 8, 64), key_shape=(900, 2, 64), packed=Packed(5, 333, 450))
+    asked = packed(Packed(5, 333, 450))
     planned = plan(asked)
     query, key, _, _ = planned.tensors
     assert (query.shape, query.strides) == ((1, 8, 700, 64), (64, 64, 512, 1))

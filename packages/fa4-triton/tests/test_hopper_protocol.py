@@ -1,237 +1,139 @@
 """The barriers of the Hopper forward, as a model: nobody waits forever, nobody reads a wrong block.
 
-The producer, its copies and the consumers of one program are coroutines over the barriers of
-`kernels/hopper.py`, in the order in which `kernels/hopper_forward.py` uses them. They yield while
-they wait and are resumed in random order. What gets stuck here is a hang without a word on a GPU,
-and what reads another block than its own is a wrong result now and then.
+The producer, its copies and the consumers of one program use the barriers of
+`flash_attention_testkit.barriers` in the order in which `kernels/hopper_forward.py` uses those of
+`kernels/hopper.py`. A product reads its operands from where it is issued until it is waited for.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
 from fa4_triton.hopper import Situation, choose
+from flash_attention_testkit.barriers import (
+    Barrier,
+    HangError,
+    NamedBarrier,
+    Position,
+    Program,
+    RaceError,
+    Ring,
+    Steps,
+)
 
-Steps = Iterator[None]
+Tile: TypeAlias = tuple[tuple[int, int], ...]
+"""Of each consumer, how many blocks come before those that it sees, and how many it sees.
 
-
-@dataclass
-class Barrier:
-    """mbarrier: flips its phase when all arrivals are in."""
-
-    arrivals: int
-    pending: int = field(init=False)
-    phase: int = 0
-
-    def __post_init__(self) -> None:
-        self.pending = self.arrivals
-
-    def arrive(self) -> None:
-        self.pending -= 1
-        if self.pending == 0:
-            self.pending = self.arrivals
-            self.phase ^= 1
-
-    def wait(self, parity: int) -> Steps:
-        while self.phase == parity:
-            yield
-
-
-@dataclass
-class Turn:
-    """Named barrier of two warp groups, one of which waits."""
-
-    arrived: bool = False
-    waiting: bool = False
-
-    def arrive(self) -> None:
-        assert not self.arrived, "the turn is passed to one who has it"
-        self.arrived = True
-
-    def sync(self) -> Steps:
-        while not self.arrived:
-            yield
-        self.arrived = False
-
-
-class Ring:
-    """Slots with a full and an empty barrier each."""
-
-    def __init__(self, slots: int, consumers: int) -> None:
-        self.full = [Barrier(1) for _ in range(slots)]
-        self.empty = [Barrier(consumers) for _ in range(slots)]
-        self.held: list[Any] = [None] * slots
-
-
-@dataclass
-class At:
-    """Where one walks in a ring."""
-
-    slots: int
-    slot: int = 0
-    phase: int = 0
-
-    def step(self) -> None:
-        self.slot += 1
-        if self.slot == self.slots:
-            self.slot, self.phase = 0, self.phase ^ 1
-
-    def copy(self) -> At:
-        return At(self.slots, self.slot, self.phase)
-
-
-# A tile: of each consumer, how many blocks come before those that it sees, and how many it sees.
-# All that any of them sees are brought.
-Tile = tuple[tuple[int, int], ...]
+All that any of them sees are brought.
+"""
 
 
 def brought(tile: Tile) -> int:
     return max(passed + seen for passed, seen in tile)
 
 
-class Program:
+class Forward(Program):
     """One producer, its copies, and the consumers."""
 
     def __init__(self, tiles: list[Tile], stages: int, own_o: bool) -> None:
+        super().__init__()
         self.tiles, self.own_o = tiles, own_o
         self.consumers = len(tiles[0])
         self.k, self.v = Ring(stages, self.consumers), Ring(stages, self.consumers)
-        self.q = Ring(self.consumers, 1)
+        self.q = Ring(self.consumers, 1)  # a slot a consumer
         self.board = Ring(2, self.consumers)
-        self.turns = [Turn() for _ in range(self.consumers)]
-        self.stages = stages
-        self.copies: list[Steps] = []
+        self.turns = [NamedBarrier() for _ in range(self.consumers)]
         self.done: list[tuple[int, int]] = []
+        self.start("producer", self.producer())
+        for who in range(self.consumers):
+            self.start(f"consumer {who}", self.consumer(who))
 
-    def load(self, ring: Ring, slot: int, phase: int, what: Any) -> Steps:
-        yield from ring.empty[slot].wait(phase ^ 1)
-        self.copies.append(self.copy(ring, slot, what))
-
-    @staticmethod
-    def copy(ring: Ring, slot: int, what: Any) -> Steps:
-        ring.held[slot] = "half written"
-        yield
-        ring.held[slot] = what
-        ring.full[slot].arrive()
-
-    def publish(self, at: At, what: Any) -> Steps:
-        yield from self.board.empty[at.slot].wait(at.phase ^ 1)
-        self.board.held[at.slot] = what
-        self.board.full[at.slot].arrive()
-        at.step()
+    def publish(self, at: Position, number: int | None) -> Steps:
+        here = at.step()
+        yield from here.wait_empty()
+        here.buffer.write(number)
+        here.fill()
 
     def producer(self) -> Steps:
-        at, board, q_phase = At(self.stages), At(2), 0
+        k, v, q = Position(self.k), Position(self.v), Position(self.q)
+        board = Position(self.board)
         for number, tile in enumerate(self.tiles):
             yield from self.publish(board, number)
             for index in range(brought(tile)):
-                yield from self.load(self.k, at.slot, at.phase, (number, index))
+                yield from self.load(k.step(), (number, index))
                 if index == 0:
                     for who in range(self.consumers):
-                        yield from self.load(self.q, who, q_phase, (number, who))
-                yield from self.load(self.v, at.slot, at.phase, (number, index))
-                at.step()
-            q_phase ^= 1
+                        yield from self.load(q.step(), (number, who))
+                yield from self.load(v.step(), (number, index))
             yield  # the counter
         yield from self.publish(board, None)
 
-    def take(self, ring: Ring, at: At, what: Any) -> Steps:
-        yield from ring.full[at.slot].wait(at.phase)
-        assert ring.held[at.slot] == what
+    def pass_turn(self, who: int) -> None:
+        self.turns[(who + 1) % self.consumers].arrive(who)
 
-    def release(self, ring: Ring, slot: int, what: Any) -> None:
-        assert ring.held[slot] == what, "overwritten while it was read"
-        ring.empty[slot].arrive()
+    def scores(self, keys: Position) -> Steps:
+        """What is left of S once it is issued."""
+        yield
+        keys.give()
 
-    def pass_by(self, who: int, at: At, what: Any) -> Steps:
+    def pass_by(self, who: int, k: Position, v: Position, what: Any) -> Steps:
         """A block that only other consumers see."""
-        yield from self.turns[who].sync()
-        self.turns[(who + 1) % self.consumers].arrive()
-        for ring in (self.k, self.v):
-            yield from self.take(ring, at, what)
-            self.release(ring, at.slot, what)
-        at.step()
+        yield from self.turns[who].sync(who)
+        self.pass_turn(who)
+        for at in (k.step(), v.step()):
+            yield from at.take(what)
+            at.give()
 
     def consumer(self, who: int) -> Steps:
-        following = self.turns[(who + 1) % self.consumers]
         if who == self.consumers - 1:
-            following.arrive()
-        at, board, q_phase = At(self.stages), At(2), 0
+            self.pass_turn(who)
+        k, v, q = Position(self.k), Position(self.v), Position(self.q, who)
+        board = Position(self.board)
         while True:
-            yield from self.board.full[board.slot].wait(board.phase)
-            number = self.board.held[board.slot]
-            self.board.empty[board.slot].arrive()
-            board.step()
+            here = board.step()
+            yield from here.wait_full()
+            (number,) = here.buffer.content
+            here.free()
             if number is None:
                 return
+            assert isinstance(number, int)
             passed, seen = self.tiles[number][who]
             for index in range(passed):
-                yield from self.pass_by(who, at, (number, index))
+                yield from self.pass_by(who, k, v, (number, index))
             index = passed
-            yield from self.take(self.q, At(self.consumers, who, q_phase), (number, who))
-            yield from self.take(self.k, at, (number, index))
-            yield from self.turns[who].sync()
-            following.arrive()
-            yield  # the first scores
-            self.release(self.k, at.slot, (number, index))
+            query, keys = q.step(self.consumers), k.step()
+            yield from query.take((number, who))
+            yield from keys.take((number, index))
+            yield from self.turns[who].sync(who)
+            self.pass_turn(who)
+            yield from self.scores(keys)
             for _ in range(seen - 1):
-                before = at.copy()
-                at.step()
-                yield from self.take(self.k, at, (number, index + 1))
-                yield from self.turns[who].sync()
-                yield from self.take(self.v, before, (number, index))
-                following.arrive()
-                yield  # the scores
-                self.release(self.k, at.slot, (number, index + 1))
+                keys, values = k.step(), v.step()
+                yield from keys.take((number, index + 1))
+                yield from self.turns[who].sync(who)
+                yield from values.take((number, index))
+                self.pass_turn(who)
+                yield from self.scores(keys)
                 yield  # P V
-                self.release(self.v, before.slot, (number, index))
+                values.give()
                 index += 1
             if self.own_o:
-                self.release(self.q, who, (number, who))
-            yield from self.take(self.v, at, (number, index))
+                query.give()
+            values = v.step()
+            yield from values.take((number, index))
             yield  # P V
-            self.release(self.v, at.slot, (number, index))
-            at.step()
+            values.give()
             for index in range(passed + seen, brought(self.tiles[number])):
-                yield from self.pass_by(who, at, (number, index))
+                yield from self.pass_by(who, k, v, (number, index))
             if not self.own_o:  # the output leaves through Q's block
-                self.q.held[who] = "output"
-                yield
-                self.release(self.q, who, "output")
-            q_phase ^= 1
+                query.buffer.end_read()
+                query.buffer.write("output")
+                yield from query.buffer.read("output")
+                query.free()
             self.done.append((number, who))
-
-    def run(self, seed: int) -> None:
-        """Resume somebody at random until all are done."""
-        order = random.Random(seed)
-        running: list[Steps] = [self.producer(), *map(self.consumer, range(self.consumers))]
-        idle = 0
-        while running or self.copies:
-            running += self.copies
-            self.copies = []
-            one = order.choice(running)
-            before = self.state()
-            try:
-                next(one)
-            except StopIteration:
-                running.remove(one)
-            idle = 0 if self.state() != before else idle + 1
-            assert idle < 1000 * (len(running) + 1), "everybody waits"
-
-    def state(self) -> Any:
-        rings = (self.k, self.v, self.q, self.board)
-        return (
-            len(self.done),
-            len(self.copies),
-            [turn.arrived for turn in self.turns],
-            [(bar.phase, bar.pending) for ring in rings for bar in (*ring.full, *ring.empty)],
-            [list(ring.held) for ring in rings],
-        )
 
 
 def tiles_of(mask: str, consumers: int, order: random.Random) -> list[Tile]:
@@ -273,39 +175,46 @@ def test_everybody_finishes_every_tile_with_the_right_blocks(
 ) -> None:
     for seed in range(150):
         tiles = tiles_of(mask, consumers, random.Random(seed))
-        program = Program(tiles, stages, own_o)
+        program = Forward(tiles, stages, own_o)
         program.run(seed)
         everything = [(number, who) for number in range(len(tiles)) for who in range(consumers)]
         assert sorted(program.done) == everything, (seed, tiles)
 
 
-def test_the_model_finds_a_consumer_that_keeps_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Program.release
+def outcome(kind: type[Forward]) -> set[type[Exception]]:
+    """What goes wrong in some schedule."""
+    found: set[type[Exception]] = set()
+    for seed in range(50):
+        try:
+            kind([((0, 5), (0, 5))] * 2, 2, True).run(seed)
+        except (HangError, RaceError) as error:
+            found.add(type(error))
+    return found
 
-    def forgetful(self: Program, ring: Ring, slot: int, what: Any) -> None:
-        if ring is not self.v or what != (0, 1):
-            kept(self, ring, slot, what)
 
-    monkeypatch.setattr(Program, "release", forgetful)
-    with pytest.raises(AssertionError, match="everybody waits"):
-        Program([((0, 5), (0, 5))], 2, True).run(0)
+def test_the_model_finds_a_consumer_that_keeps_a_block() -> None:
+    class Forgetful(Forward):
+        def __init__(self, tiles: list[Tile], stages: int, own_o: bool) -> None:
+            super().__init__(tiles, stages, own_o)
+            self.v.empty[0] = Barrier(self.consumers + 1)
+
+    assert outcome(Forgetful) == {HangError}
 
 
 def test_the_model_finds_a_block_that_is_released_too_early() -> None:
-    class Hasty(Program):
-        def take(self, ring: Ring, at: At, what: Any) -> Steps:
-            yield from super().take(ring, at, what)
-            if ring is self.k:
-                ring.empty[at.slot].arrive()  # before it is multiplied
+    class Hasty(Forward):
+        def scores(self, keys: Position) -> Steps:
+            keys.free()
+            yield
+            keys.buffer.end_read()
 
-        def release(self, ring: Ring, slot: int, what: Any) -> None:
-            assert ring.held[slot] == what, "overwritten while it was read"
-            if ring is not self.k:
-                ring.empty[slot].arrive()
+    assert RaceError in outcome(Hasty)
 
-    def run_some() -> None:
-        for seed in range(50):
-            Hasty([((0, 5), (0, 5))] * 2, 2, True).run(seed)
 
-    with pytest.raises(AssertionError, match="overwritten while it was read"):
-        run_some()
+def test_the_model_finds_a_turn_that_is_not_passed() -> None:
+    class Greedy(Forward):
+        def pass_turn(self, who: int) -> None:
+            if who == 1:
+                super().pass_turn(who)
+
+    assert outcome(Greedy) == {HangError}

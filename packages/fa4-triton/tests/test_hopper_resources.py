@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-PROGRAM = Path(__file__).with_name("hopper_resources.py")
+import hopper_resources as resources
+from compilation import SHARED_LIMITS
 
 # (columns, rows of a tile, mask, packed) -> bytes spilled at most. The way through `repair`, which
 # nobody takes without an Inf or NaN in V, needs more registers than there are; the loops over keys
@@ -30,45 +24,19 @@ ACCEPTED_SPILLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def resources() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fa4_triton_hopper_resources", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def test_every_tile_of_the_table_compiles(records: list[Any]) -> None:
+    assert [record.case for record in records] == list(resources.tested_cases())
 
 
-@pytest.fixture(scope="module")
-def records(resources: ModuleType) -> list[Any]:
-    # In a process of its own: this one may interpret kernels, and cannot compile them then.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--json", "--few"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [resources.record_of(entry) for entry in json.loads(done.stdout)]
-
-
-def test_every_tile_of_the_table_compiles(resources: ModuleType, records: list[Any]) -> None:
-    assert [record.case for record in records] == list(resources.few_cases())
-
-
-def test_shared_memory_is_within_the_limit(resources: ModuleType, records: list[Any]) -> None:
-    assert [one for one in records if one.shared_bytes > resources.SHARED_LIMIT] == []
+def test_shared_memory_is_within_the_limit(records: list[Any]) -> None:
+    assert [one for one in records if one.shared_bytes > SHARED_LIMITS[90]] == []
 
 
 def loops_over_keys(record: Any) -> list[Any]:
     """Of the loops that multiply, those that take one block a turn; the others are over tiles."""
     return [
         loop
-        for loop in record.loops
+        for loop in record.code.loops
         if loop.order.count("PASS") == loop.order.count("WAIT 1") == loop.order.count("WAIT 0") == 1
     ]
 
@@ -106,11 +74,11 @@ def test_nothing_spills_elsewhere_but_what_is_accepted(records: list[Any]) -> No
     for record in records:
         case = record.case
         accepted = ACCEPTED_SPILLS.get((case.tile.d, case.tile.m, case.mask, case.varlen), 0)
-        assert record.spilled_bytes <= accepted, case
+        assert record.report.spilled_bytes <= accepted, case
 
 
 def test_the_compiler_serialises_no_matrix_products(records: list[Any]) -> None:
-    assert [record for record in records if record.advisories] == []
+    assert [record for record in records if record.report.advisories] == []
 
 
 def test_two_products_are_under_way_when_the_turn_is_passed(records: list[Any]) -> None:
@@ -124,46 +92,12 @@ def test_two_products_are_under_way_when_the_turn_is_passed(records: list[Any]) 
 
 def test_no_operand_of_a_product_under_way_is_overwritten(records: list[Any]) -> None:
     for record in records:
-        assert record.register_operands >= 8
-        assert record.hazards == (), record.case
+        assert record.code.register_operands >= 8
+        assert record.code.hazards == (), record.case
 
 
-PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR8], R24, gsb0 ;"
-WAIT_ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
-WAIT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;"
-
-
-@pytest.mark.parametrize(
-    ("code", "hazards"),
-    [
-        ([PRODUCT, "MOV R91, R3 ;", WAIT_ALL], 1),
-        ([PRODUCT, "@!P0 IMAD.WIDE R90, R3, R4, R6 ;", WAIT_ALL], 1),
-        ([PRODUCT, WAIT_ONE, "LDS.128 R88, [R4] ;", WAIT_ALL], 1),
-        ([PRODUCT, "STS [R88], R3 ;", "MOV R92, R3 ;", WAIT_ALL], 0),
-        ([PRODUCT, WAIT_ALL, "MOV R91, R3 ;"], 0),
-        (["HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;", "MOV R88, R3 ;"], 0),
-    ],
-)
-def test_the_scan_finds_an_operand_that_is_overwritten(
-    resources: ModuleType, code: list[str], hazards: int
-) -> None:
-    lines = [f"        /*{16 * at:04x}*/                   {text}" for at, text in enumerate(code)]
-    assert len(resources.operand_hazards(lines)[1]) == hazards
-
-
-def test_the_scan_finds_spills_in_a_loop(resources: ModuleType) -> None:
-    body = (PRODUCT, WAIT_ONE, "LDL R3, [R1+0x8] ;", "@P0 BRA `(.L_x_1) ;")
-    code = [".L_x_1:", *(f"        /*{at:04x}*/    {text}" for at, text in enumerate(body))]
-    (loop,) = resources.product_loops(code)
-    assert loop == resources.Loop(("PRODUCT", "WAIT 1"), local=1, length=4)
-
-
-def test_the_notebook_says_what_the_compiler_says(
-    resources: ModuleType, records: list[Any]
-) -> None:
-    page = resources.NOTEBOOK.read_text(encoding="utf-8")
-    begin, end = resources.section(page)
-    told = page[begin:end].strip().splitlines()
+def test_the_notebook_says_what_the_compiler_says(records: list[Any]) -> None:
+    told = resources.TABLE.told().splitlines()
     assert [line for line in resources.render(records).splitlines() if line not in told] == [], (
-        f"the table is out of date: run `python {PROGRAM.name}` and commit the notebook"
+        "the table is out of date: run hopper_resources.py and commit the notebook"
     )

@@ -79,6 +79,29 @@ def test_memory_of_these_tests_is_nan_until_written(
         assert getattr(result, name).isnan().all(), name
 
 
+def test_the_interpreter_searches_the_language_once_a_module_and_launch(
+    inputs: Any, run: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each call of a device function, of which this takes hundreds, it cost 40% of the time."""
+    if device == "cuda":
+        pytest.skip("is about the interpreter")
+    from triton.runtime import interpreter
+
+    searched: list[str] = []
+    search = interpreter._patch_lang
+
+    def counted(function: Any) -> Any:
+        searched.append(function.__module__)
+        return search(function)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", counted)
+    run(inputs(lengths=(70, 130), heads=(2, 1)), causal=True)
+    launches = 3
+    assert len(set(searched)) >= 3  # two files of kernels, what they share, and Triton's own
+    # Once for the kernel itself, and once for the device functions of each module.
+    assert len(searched) <= launches * (1 + len(set(searched)))
+
+
 def forget_plans() -> None:
     kernel_set._forward_of.cache_clear()
     kernel_set._backward_of.cache_clear()

@@ -88,6 +88,11 @@ def test_a_repeated_call_encodes_no_tensor_map(found: dict[str, Any]) -> None:
     assert found["again"] == seen(1, 0, 0, 132)
 
 
+def test_a_batch_of_no_sequence_launches_and_compiles_nothing(found: dict[str, Any]) -> None:
+    last = found["portable"]["programs"]  # of whatever was launched before
+    assert found["no sequence"] == seen(0, 0, 0, last)
+
+
 def test_another_address_is_another_tensor_map(found: dict[str, Any]) -> None:
     assert found["another query"] == seen(1, 1, 0, 132)
     assert found["its address is in the map"]

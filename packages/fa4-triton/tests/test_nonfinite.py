@@ -104,3 +104,17 @@ def test_what_lies_behind_the_last_row_is_not_read(
     first, second = run(given), run(shorter)
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_query_that_is_nan_leaves_the_values_after_it_alone(
+    inputs: Callable[..., Any], run: Callable[..., Any], head_dim: int
+) -> None:
+    """Keys that the row does not see are in a block with keys that it sees, and its lse is NaN."""
+    given = inputs(lengths=(100, 100), heads=(2, 1), head_dim=head_dim)
+    given.grad_out[:, 50] = 0
+    clean = run(given, causal=True)
+    given.query[:, 50] = math.nan
+    dirty = run(given, causal=True)
+    assert dirty.lse[..., 50].isnan().all()
+    torch.testing.assert_close(dirty.dv[:, 51:], clean.dv[:, 51:], rtol=0.02, atol=0.02)

@@ -64,6 +64,13 @@ def test_packed_sequences_count_as_long_as_the_longest() -> None:
     assert planned.scalars[:3] == (0, 64 // 8, 8 * 64 // 8)
 
 
+@pytest.mark.parametrize("sizes", [Packed(0, 333, 450), Packed(5, 0, 0)], ids=str)
+@pytest.mark.parametrize("kernel", TENSORS)
+def test_without_a_sequence_that_has_rows_there_is_no_program(kernel: str, sizes: Packed) -> None:
+    asked = request(query_shape=(700, 8, 64), key_shape=(900, 2, 64), packed=sizes)
+    assert plan(asked, kernel=kernel).programs == 0
+
+
 def test_strides_count_in_units_of_16_bytes_where_all_allow_it() -> None:
     planned = plan(request())
     assert planned.constants.unit == 8

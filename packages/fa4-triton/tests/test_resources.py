@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-PROGRAM = Path(__file__).with_name("resources.py")
+import resources
+from compilation import SHARED_LIMITS
 
 Variant: TypeAlias = tuple[int, str, int, str]  # capability, kernel, head dim, mask
 
@@ -69,46 +63,17 @@ PRODUCTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def resources() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fa4_triton_resources", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def records(resources: ModuleType) -> list[Any]:
-    # In a process of its own: this one may interpret kernels, and cannot compile them then.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [resources.record_of(entry) for entry in json.loads(done.stdout)]
-
-
 def variant_of(record: Any) -> Variant:
     case = record.case
     return case.capability, case.kernel, case.head_dim, case.mask
 
 
-def test_every_case_compiles(resources: ModuleType, records: list[Any]) -> None:
-    assert [record.case for record in records] == list(resources.cases())
+def test_every_case_compiles(records: list[Any]) -> None:
+    assert [record.case for record in records] == list(resources.tested_cases())
 
 
-def test_shared_memory_is_within_the_limit_of_the_architecture(
-    resources: ModuleType, records: list[Any]
-) -> None:
-    limits = resources.SHARED_LIMITS
-    over = [record for record in records if record.shared_bytes > limits[record.case.capability]]
+def test_shared_memory_is_within_the_limit_of_the_architecture(records: list[Any]) -> None:
+    over = [one for one in records if one.shared_bytes > SHARED_LIMITS[one.case.capability]]
     assert over == []
 
 
@@ -116,7 +81,7 @@ def test_nothing_spills_but_what_is_accepted(records: list[Any]) -> None:
     spilling = [
         record
         for record in records
-        if record.spilled_bytes > ACCEPTED_SPILLS.get(variant_of(record), (0, ""))[0]
+        if record.report.spilled_bytes > ACCEPTED_SPILLS.get(variant_of(record), (0, ""))[0]
     ]
     assert spilling == []
 
@@ -127,14 +92,14 @@ def test_the_compiler_serialises_no_matrix_products_but_what_is_accepted(
     serialised = [
         record
         for record in records
-        if record.advisories and variant_of(record) not in ACCEPTED_ADVISORIES
+        if record.report.advisories and variant_of(record) not in ACCEPTED_ADVISORIES
     ]
     assert serialised == []
 
 
 def test_nothing_is_accepted_in_vain(records: list[Any]) -> None:
-    spilling = {variant_of(record) for record in records if record.spilled_bytes}
-    serialised = {variant_of(record) for record in records if record.advisories}
+    spilling = {variant_of(record) for record in records if record.report.spilled_bytes}
+    serialised = {variant_of(record) for record in records if record.report.advisories}
     assert set(ACCEPTED_SPILLS) <= spilling
     assert set(ACCEPTED_ADVISORIES) <= serialised
 
@@ -146,11 +111,7 @@ def test_matrix_products_run_on_the_tensor_cores(records: list[Any]) -> None:
     assert without == []
 
 
-def test_the_notebook_says_what_the_compiler_says(
-    resources: ModuleType, records: list[Any]
-) -> None:
-    page = resources.NOTEBOOK.read_text(encoding="utf-8")
-    begin, end = resources.section(page)
-    assert page[begin:end].strip() == resources.render(records), (
-        f"the tables are out of date: run `python {PROGRAM.name}` and commit the notebook"
+def test_the_notebook_says_what_the_compiler_says(records: list[Any]) -> None:
+    assert resources.TABLE.told() == resources.render(records), (
+        "the tables are out of date: run resources.py and commit the notebook"
     )

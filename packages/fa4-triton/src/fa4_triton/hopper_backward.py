@@ -155,7 +155,7 @@ def why_not_this_backward(
     """
     if small_scale:
         return "a scale that is zero, or nearly, or negative"
-    if 0 in request.query_shape or 0 in request.key_shape:
+    if not sizes_of(request).has_pairs:
         return "no queries or no keys"
     if alignment & 0xFF != 0xFF:
         return "a tensor does not start at a multiple of 16 bytes"

@@ -2,12 +2,13 @@
 
 With `TRITON_INTERPRET=1` in the environment before Triton is first imported, the kernels run on CPU
 tensors in NumPy, program by program. Four things need mending before bf16 kernels can be trusted
-there, and `repair` mends them:
+there, and a fifth costs 40% of the time; `repair` mends them:
 
 - `tl.dot` multiplies the bit patterns of bf16 operands as if they were integers;
 - casts from fp32 to bf16 truncate, where every GPU rounds to nearest even;
 - casts from integers to bf16 keep the integer's bits, so that 1 becomes almost nothing;
-- NumPy 2.4 refuses the one-element arrays that the interpreter uses as loop bounds.
+- NumPy 2.4 refuses the one-element arrays that the interpreter uses as loop bounds;
+- the language's functions are searched for those to replace at every call of a device function.
 
 The interpreter also patches module globals while a kernel runs, so two threads cannot be in it at
 once.
@@ -97,6 +98,21 @@ def repair() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
+    searched: set[int] = set()  # globals of functions, since the kernel started that runs
+    run_grid = interpreter.GridExecutor.__call__
+
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        searched.clear()
+        return run_grid(self, *arguments, **options)
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        if id(self.fn.__globals__) not in searched:
+            interpreter._patch_lang(self.fn)
+            searched.add(id(self.fn.__globals__))
+        return self.rewrite()(*arguments, **options)
+
+    interpreter.GridExecutor.__call__ = run
+    interpreter.InterpretedFunction.__call__ = call
     builder.cast_impl = cast_impl
     builder.create_fp_ext = cast_impl
     builder.create_fp_trunc = cast_impl

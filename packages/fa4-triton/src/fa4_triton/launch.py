@@ -127,11 +127,13 @@ class Variant:
 
         Args:
             device: Index.
-            programs: How many.
+            programs: How many; none where there are no rows, or no sequences: nothing is launched.
             tensors: The kernel's first arguments; None for an absent one.
             pointers: Their addresses, 0 for an absent one.
             scalars: The arguments after these.
         """
+        if programs == 0:
+            return
         known = self._launchers.get(device)
         if known is not None:
             # Addresses: for a tensor object the launcher would ask the driver what it points to.

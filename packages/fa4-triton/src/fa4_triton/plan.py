@@ -125,6 +125,11 @@ class Sizes(NamedTuple):
     left: int | None
     right: int | None
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there is a query and a key in some sequence."""
+        return 0 not in self[:6]
+
 
 def sizes_of(request: Request) -> Sizes:
     """Sizes of a request; None for a window's bound that hides nothing."""

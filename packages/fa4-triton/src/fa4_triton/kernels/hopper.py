@@ -27,6 +27,12 @@ FIRST_TURN = gl.constexpr(9)
 """Hardware barrier of consumer 0's turn, the others' follow; Triton's own count from 0."""
 
 
+@gluon.constexpr_function
+def accumulator(columns):
+    """How the threads of a warp group hold a product [64, columns] in fp32."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
 class Ring(NamedTuple):
     """Barriers of the slots of a ring of blocks."""
 

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fa4_triton.kernels.hopper import (
     Grid,
+    accumulator,
     following,
     make_barriers,
     make_board,
@@ -37,16 +38,18 @@ from fa4_triton.kernels.hopper import (
     published,
 )
 from fa4_triton.kernels.hopper_backward_common import (
+    ANY_VALUE,
     KEYS,
     UNIT,
     Queries,
     Supply,
-    hide,
     issue_scores,
     kept,
     opaque,
+    probabilities,
     produce,
     rows_seeing,
+    score_gradients,
     seeing_of,
 )
 
@@ -134,34 +137,6 @@ def _own(block, WHO: gl.constexpr):
 
 
 @gluon.jit
-def _probabilities(
-    s,
-    lse_block,
-    first_seeing,
-    scale_log2,
-    dtype: gl.constexpr,
-    config: gl.constexpr,
-    MASKED: gl.constexpr,
-):
-    """P^T [KEYS, M], rounded."""
-    if MASKED:
-        s = hide(s, first_seeing, float("-inf"), config.m, False)
-    negative_lse = lse_block.load(gl.SliceLayout(0, s.type.layout))
-    return gl.exp2(s * scale_log2 + gl.expand_dims(negative_lse, 0)).to(dtype)
-
-
-@gluon.jit
-def _score_gradients(p, dp, delta_block, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
-    """Gradients dS^T [KEYS, M], rounded."""
-    p = kept(p)
-    delta = delta_block.load(gl.SliceLayout(0, dp.type.layout))
-    ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
-    if MASKED:
-        ds = hide(ds, first_seeing, 0.0, config.m, False)  # not P alone: dP or delta may be NaN
-    return ds.to(p.dtype)
-
-
-@gluon.jit
 def _add_panel(dq_desc, dq, stage, line):
     """Add a panel of dQ to its sums. The one before has left when this returns."""
     tma.store_wait(0)
@@ -213,11 +188,10 @@ def _to_ds(
     M: gl.constexpr = config.m
     dtype: gl.constexpr = memory.k.dtype
     s_layout: gl.constexpr = s.type.layout
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, config.d, 16])
+    grad_layout: gl.constexpr = accumulator(config.d)
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
-    p = _probabilities(
-        s, memory.lse.index(walk.q), first_seeing, problem.scale_log2, dtype, config, MASKED
-    )
+    lse_block = memory.lse.index(walk.q)
+    p = probabilities(s, lse_block, first_seeing, problem.scale_log2, dtype, config, MASKED)
     mbarrier.wait(memory.do_ring.full.index(walk.do), walk.do_phase)
     do = memory.do.index(walk.do)
     dp = issue_scores(_own(memory.v, WHO), do, s_layout, M)
@@ -227,7 +201,8 @@ def _to_ds(
     else:
         dp, dk = warpgroup_mma_wait(1, deps=(dp, dk))
         mbarrier.arrive(memory.q_ring.empty.index(q_done), count=1)
-    ds = _score_gradients(p, dp, memory.delta.index(walk.do), first_seeing, config, MASKED)
+    delta_block = memory.delta.index(walk.do)
+    ds = score_gradients(kept(p), dp, delta_block, first_seeing, config, MASKED)
     ds_slot, ds_phase = walk.ds, walk.ds_phase
     if not FIRST:
         ds_slot, ds_phase = following(ds_slot, ds_phase, 2)
@@ -263,7 +238,7 @@ def _step(
     `line` is where the first one's dQ goes, `first_seeing` is the next one's.
     """
     M: gl.constexpr = config.m
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    s_layout: gl.constexpr = accumulator(M)
     q_done = walk.q
     q_slot, q_phase = following(walk.q, walk.q_phase, config.q_stages)
     mbarrier.wait(memory.q_ring.full.index(q_slot), q_phase)
@@ -294,8 +269,8 @@ def _consumer(
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_layout: gl.constexpr = accumulator(M)
+    grad_layout: gl.constexpr = accumulator(D)
     stage = memory.dq.index(WHO)
     key_phase = 0
     walk = Walk(0, 0, 0, 0, 0, 0)
@@ -385,7 +360,7 @@ def _consumer(
 @gluon.jit
 def _issue_dq(memory, slot, WHO: gl.constexpr, config: gl.constexpr):
     """A panel of dQ = dS K, under way: of consumer WHO's rows, or of its columns."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    layout: gl.constexpr = accumulator(64)
     zeros = gl.zeros([UNIT, 64], gl.float32, layout)
     ds = memory.ds.index(slot)
     if config.d == 64:
@@ -409,22 +384,7 @@ def _store_gradient(desc, x, scale, stage, batch, head, key, config: gl.constexp
     )
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "counter",
-        "scale",
-        "scale_log2",
-        "heads",
-        "group",
-        "heads_total",
-        "seq_len_q",
-        "seq_len_k",
-        "tiles",
-        "blocks_of_keys",
-        "section",
-        "units",
-    ]
-)
+@gluon.jit(do_not_specialize=ANY_VALUE)
 def hopper_backward_kernel(
     q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, M, D]
     k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
@@ -476,8 +436,9 @@ def hopper_backward_kernel(
     fence_async_shared()
     grid = Grid(tiles, blocks_of_keys, section, heads // group, heads_total)
     problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
-    queries = Supply(memory.k, memory.q, memory.lse, memory.k_ring, memory.q_ring)
-    gradients = Supply(memory.v, memory.do, memory.delta, memory.v_ring, memory.do_ring)
+    m = memory
+    queries = Supply(k_desc, q_desc, lse_desc, m.k, m.q, m.lse, m.k_ring, m.q_ring)
+    gradients = Supply(v_desc, do_desc, delta_desc, m.v, m.do, m.delta, m.v_ring, m.do_ring)
     board = memory.board
     Q_STAGES: gl.constexpr = config.q_stages
     DO_STAGES: gl.constexpr = config.do_stages
@@ -485,38 +446,8 @@ def hopper_backward_kernel(
         [
             (_consumer, (dq_desc, dk_desc, dv_desc, memory, problem, 0, config)),
             (_consumer, (dq_desc, dk_desc, dv_desc, memory, problem, 1, config)),
-            (
-                produce,
-                (
-                    k_desc,
-                    q_desc,
-                    lse_desc,
-                    counter,
-                    queries,
-                    board,
-                    grid,
-                    problem,
-                    Q_STAGES,
-                    True,
-                    config,
-                ),
-            ),
-            (
-                produce,
-                (
-                    v_desc,
-                    do_desc,
-                    delta_desc,
-                    counter,
-                    gradients,
-                    board,
-                    grid,
-                    problem,
-                    DO_STAGES,
-                    False,
-                    config,
-                ),
-            ),
+            (produce, (queries, counter, board, grid, problem, Q_STAGES, True, config)),
+            (produce, (gradients, counter, board, grid, problem, DO_STAGES, False, config)),
         ],
         [4, 1, 1],
         [config.consumer_registers, config.producer_registers, config.producer_registers],

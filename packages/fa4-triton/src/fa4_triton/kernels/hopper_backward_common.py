@@ -18,6 +18,12 @@ from fa4_triton.kernels.hopper import draw, following, place, publish, published
 KEYS = gl.constexpr(64)
 """Keys, or rows, of a consumer: what one warp group's matrix product spans."""
 
+ANY_VALUE = (
+    *("lse", "delta", "counter", "scale", "scale_log2", "heads", "group", "heads_total"),
+    *("seq_len_q", "seq_len_k", "tiles", "blocks_of_keys", "blocks_of_rows", "section", "units"),
+)
+"""Arguments for which no kernel is compiled anew: neither for a 1 nor for a multiple of 16."""
+
 UNIT = gl.constexpr(64)
 """Rows of dQ that lie together in its sums, a panel of as many columns after the other."""
 
@@ -35,8 +41,11 @@ class Queries(NamedTuple):
 
 
 class Supply(NamedTuple):
-    """What one producer warp fills: keys of a tile, and rows with a number each."""
+    """What one producer warp copies: keys of a tile, and rows with a number each."""
 
+    keys_desc: Any  # tensor maps of them in global memory
+    rows_desc: Any
+    stats_desc: Any
     keys: Any  # [1, N, D]
     rows: Any  # [stages, M, D]
     stats: Any  # [stages, M] fp32
@@ -74,11 +83,8 @@ def _next_tile(tile, grid, board, slot, phase, DEALS: gl.constexpr):
 
 @gluon.jit
 def produce(
-    keys_desc,
-    rows_desc,
-    stats_desc,
-    counter,
     supply,
+    counter,
     board,
     grid,
     problem,
@@ -105,9 +111,9 @@ def produce(
     while block >= 0:
         mbarrier.wait(supply.keys_ring.empty.index(0), key_phase ^ 1)
         full = supply.keys_ring.full.index(0)
-        mbarrier.expect(full, keys_desc.block_type.nbytes)
+        mbarrier.expect(full, supply.keys_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
-            keys_desc,
+            supply.keys_desc,
             [batch, head_kv, block * N, 0],
             full,
             supply.keys.index(0).reshape(keys_shape),
@@ -120,15 +126,17 @@ def produce(
             for row in range(first_row, problem.queries, M):
                 mbarrier.wait(supply.ring.empty.index(slot), phase ^ 1)
                 full = supply.ring.full.index(slot)
-                mbarrier.expect(full, rows_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+                mbarrier.expect(
+                    full, supply.rows_desc.block_type.nbytes + supply.stats_desc.block_type.nbytes
+                )
                 tma.async_copy_global_to_shared(
-                    rows_desc,
+                    supply.rows_desc,
                     [batch, head, row, 0],
                     full,
                     supply.rows.index(slot).reshape(rows_shape),
                 )
                 tma.async_copy_global_to_shared(
-                    stats_desc, [flat_row + row], full, supply.stats.index(slot)
+                    supply.stats_desc, [flat_row + row], full, supply.stats.index(slot)
                 )
                 slot, phase = following(slot, phase, STAGES)
         if DEALS:
@@ -203,3 +211,34 @@ def seeing_of(key, end, problem, layout: gl.constexpr, config: gl.constexpr):
     seeing = gl.where(keys < problem.keys, seeing, 1 << 30)
     clean_row = gl.where(end > problem.keys, 1 << 30, clean_row)
     return seeing, gl.maximum(clean_row + config.m - 1, 0) // config.m * config.m
+
+
+@gluon.jit
+def probabilities(
+    s,
+    lse_block,
+    first_seeing,
+    scale_log2,
+    dtype: gl.constexpr,
+    config: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """P^T [KEYS, M], rounded.
+
+    What a query does not see is hidden in the exponent, not in S: -lse may be NaN.
+    """
+    negative_lse = lse_block.load(gl.SliceLayout(0, s.type.layout))
+    exponent = s * scale_log2 + gl.expand_dims(negative_lse, 0)
+    if MASKED:
+        exponent = hide(exponent, first_seeing, float("-inf"), config.m, False)
+    return gl.exp2(exponent).to(dtype)
+
+
+@gluon.jit
+def score_gradients(p, dp, delta_block, first_seeing, config: gl.constexpr, MASKED: gl.constexpr):
+    """Gradients dS^T [KEYS, M], rounded."""
+    delta = delta_block.load(gl.SliceLayout(0, dp.type.layout))
+    ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
+    if MASKED:
+        ds = hide(ds, first_seeing, 0.0, config.m, False)  # not P alone: dP or delta may be NaN
+    return ds.to(p.dtype)

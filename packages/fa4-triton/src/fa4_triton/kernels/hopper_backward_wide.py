@@ -29,6 +29,7 @@ from fa4_triton.kernels.hopper import (
     ROWS,
     Grid,
     Ring,
+    accumulator,
     blocks_seen,
     draw,
     following,
@@ -40,6 +41,7 @@ from fa4_triton.kernels.hopper import (
     published,
 )
 from fa4_triton.kernels.hopper_backward_common import (
+    ANY_VALUE,
     KEYS,
     UNIT,
     Queries,
@@ -48,8 +50,10 @@ from fa4_triton.kernels.hopper_backward_common import (
     issue_scores,
     kept,
     opaque,
+    probabilities,
     produce,
     rows_seeing,
+    score_gradients,
     seeing_of,
 )
 
@@ -109,10 +113,9 @@ class KeyMemory(NamedTuple):
 @gluon.jit
 def _make_p(s, memory, at, first_seeing, problem, config: gl.constexpr, MASKED: gl.constexpr):
     """P^T [KEYS, M], rounded, also for the other consumer. `at` is where S came from."""
-    if MASKED:
-        s = hide(s, first_seeing, float("-inf"), config.m, False)
-    negative_lse = memory.lse.index(at.slot).load(gl.SliceLayout(0, s.type.layout))
-    p = gl.exp2(s * problem.scale_log2 + gl.expand_dims(negative_lse, 0)).to(memory.k.dtype)
+    lse_block = memory.lse.index(at.slot)
+    dtype: gl.constexpr = memory.k.dtype
+    p = probabilities(s, lse_block, first_seeing, problem.scale_log2, dtype, config, MASKED)
     memory.p.index(at.slot).store(p)
     mbarrier.arrive(memory.p_full.index(at.slot), count=1)
     return p
@@ -131,7 +134,7 @@ def _value_step(
 ):
     """Of the block of queries at `at`, dV from P^T; of the next, P^T."""
     M: gl.constexpr = config.m
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    s_layout: gl.constexpr = accumulator(M)
     before = at
     slot, phase = following(at.slot, at.phase, 2)
     at = At(slot, phase)
@@ -156,8 +159,8 @@ def _value_consumer(dv_desc, memory, problem, config: gl.constexpr):
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_layout: gl.constexpr = accumulator(M)
+    grad_layout: gl.constexpr = accumulator(D)
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     key_phase = 0
     at = At(0, 0)
@@ -207,11 +210,8 @@ def _make_ds(dp, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.cons
     """Gradients dS^T [KEYS, M], rounded. `at` is where dP came from, and P."""
     mbarrier.wait(memory.p_full.index(at.slot), at.phase)
     p = memory.p.index(at.slot).load(dp.type.layout)
-    delta = memory.delta.index(at.slot).load(gl.SliceLayout(0, dp.type.layout))
-    ds = p.to(gl.float32) * (dp - gl.expand_dims(delta, 0))
-    if MASKED:
-        ds = hide(ds, first_seeing, 0.0, config.m, False)  # not P alone: dP or delta may be NaN
-    return ds.to(p.dtype)
+    delta_block = memory.delta.index(at.slot)
+    return score_gradients(p, dp, delta_block, first_seeing, config, MASKED)
 
 
 @gluon.jit
@@ -223,8 +223,8 @@ def _key_step(dk, memory, at, first_seeing, config: gl.constexpr, MASKED: gl.con
     backward took a quarter longer.
     """
     M: gl.constexpr = config.m
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, config.d, 16])
+    s_layout: gl.constexpr = accumulator(M)
+    grad_layout: gl.constexpr = accumulator(config.d)
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     slot, phase = at.slot, at.phase
     mbarrier.wait(memory.do_ring.full.index(slot), phase)
@@ -246,8 +246,8 @@ def _key_consumer(dk_desc, memory, problem, config: gl.constexpr):
     M: gl.constexpr = config.m
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_layout: gl.constexpr = accumulator(M)
+    grad_layout: gl.constexpr = accumulator(D)
     key_phase = 0
     at = At(0, 0)
     board_slot = 0
@@ -288,22 +288,7 @@ def _store_gradient(desc, x, scale, block, batch, head, row, config: gl.constexp
     tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "counter",
-        "scale",
-        "scale_log2",
-        "heads",
-        "group",
-        "heads_total",
-        "seq_len_q",
-        "seq_len_k",
-        "tiles",
-        "blocks_of_keys",
-        "section",
-        "units",
-    ]
-)
+@gluon.jit(do_not_specialize=ANY_VALUE)
 def hopper_wide_dkdv_kernel(
     q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, M, D]
     k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]
@@ -352,45 +337,16 @@ def hopper_wide_dkdv_kernel(
     fence_async_shared()
     grid = Grid(tiles, blocks_of_keys, section, heads // group, heads_total)
     problem = Queries(scale, scale_log2, seq_len_q, seq_len_k, heads, group, units)
-    queries = Supply(memory.k, memory.q, memory.lse, memory.k_ring, memory.q_ring)
-    gradients = Supply(memory.v, memory.do, memory.delta, memory.v_ring, memory.do_ring)
+    m = memory
+    queries = Supply(k_desc, q_desc, lse_desc, m.k, m.q, m.lse, m.k_ring, m.q_ring)
+    gradients = Supply(v_desc, do_desc, delta_desc, m.v, m.do, m.delta, m.v_ring, m.do_ring)
     board = memory.board
     gl.warp_specialize(
         [
             (_value_consumer, (dv_desc, memory, problem, config)),
             (_key_consumer, (dk_desc, memory, problem, config)),
-            (
-                produce,
-                (
-                    k_desc,
-                    q_desc,
-                    lse_desc,
-                    counter,
-                    queries,
-                    board,
-                    grid,
-                    problem,
-                    2,
-                    True,
-                    config,
-                ),
-            ),
-            (
-                produce,
-                (
-                    v_desc,
-                    do_desc,
-                    delta_desc,
-                    counter,
-                    gradients,
-                    board,
-                    grid,
-                    problem,
-                    2,
-                    False,
-                    config,
-                ),
-            ),
+            (produce, (queries, counter, board, grid, problem, 2, True, config)),
+            (produce, (gradients, counter, board, grid, problem, 2, False, config)),
         ],
         [4, 1, 1],
         [config.consumer_registers, config.producer_registers, config.producer_registers],
@@ -513,7 +469,7 @@ def _query_step(
     N: gl.constexpr = config.n
     dtype: gl.constexpr = memory.k.dtype
     left: gl.constexpr = ds.type.layout
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    s_layout: gl.constexpr = accumulator(N)
     before = at.slot
     slot, phase = following(at.slot, at.phase, 2)
     mbarrier.wait(memory.k_ring.full.index(slot), phase)
@@ -541,8 +497,8 @@ def _query_consumer(
     N: gl.constexpr = config.n
     D: gl.constexpr = config.d
     dtype: gl.constexpr = dq_desc.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_layout: gl.constexpr = accumulator(N)
+    grad_layout: gl.constexpr = accumulator(D)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     left: gl.constexpr = gl.DotOperandLayout(0, grad_layout, 2)
     at = KeysAt(0, 0, 0)
@@ -607,24 +563,7 @@ def _query_consumer(
         block, batch, head = published(memory.board, board_slot, board_phase)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "lse",
-        "delta",
-        "counter",
-        "scale",
-        "scale_log2",
-        "heads",
-        "group",
-        "heads_total",
-        "seq_len_q",
-        "seq_len_k",
-        "tiles",
-        "blocks_of_rows",
-        "section",
-        "units",
-    ]
-)
+@gluon.jit(do_not_specialize=ANY_VALUE)
 def hopper_wide_dq_kernel(
     q_desc,  # [B, Hq, Sq, D], blocks of [1, 1, ROWS, D]
     k_desc,  # [B, Hkv, Sk, D], blocks of [1, 1, N, D]

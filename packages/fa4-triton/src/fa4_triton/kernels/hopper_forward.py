@@ -28,6 +28,7 @@ from fa4_triton.kernels.hopper import (
     Problem,
     Ring,
     Sequence,
+    accumulator,
     blocks_in_window,
     blocks_seen,
     draw,
@@ -306,7 +307,7 @@ def _first_softmax(
     maximum = gl.full([ROWS], float("-inf"), gl.float32, rows)
     total = gl.zeros([ROWS, 4], gl.float32, LANES)
     if HALF:
-        half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+        half: gl.constexpr = accumulator(N // 2)
         half_rows: gl.constexpr = gl.SliceLayout(1, half)
         first, _ = gl.split(s.reshape([ROWS, 2, N // 2]).permute((0, 2, 1)))
         p, maximum, total, _ = _softmax(
@@ -360,7 +361,7 @@ def _step(
     mbarrier.wait(memory.k_ring.full.index(slot), phase)
     take_turn(WHO)
     N: gl.constexpr = config.n
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    s_layout: gl.constexpr = accumulator(N)
     zeros = gl.zeros([ROWS, N], gl.float32, s_layout)
     k_block = memory.k.index(slot).permute((1, 0))
     s = warpgroup_mma(q, k_block, zeros, use_acc=False, is_async=True)
@@ -409,8 +410,8 @@ def _consumer(
     D: gl.constexpr = config.d
     CAUSAL: gl.constexpr = config.causal
     WINDOW: gl.constexpr = config.window
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_layout: gl.constexpr = accumulator(N)
+    o_layout: gl.constexpr = accumulator(D)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     q = memory.q.index(WHO)
