@@ -33,39 +33,6 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b) {
   return sum;
 }
 
-// Where a sequence lies in the tensors.
-struct Sequence {
-  int number, batch;
-  int q_start, k_start, seq_q, seq_k;
-
-  __device__ __forceinline__ Sequence(const BackwardParams& params, int number)
-      : number(number),
-        batch(number),
-        q_start(0),
-        k_start(0),
-        seq_q(params.seq_q),
-        seq_k(params.seq_k) {
-    if (params.cu_seqlens_q != nullptr) {
-      batch = 0;
-      q_start = params.cu_seqlens_q[number];
-      k_start = params.cu_seqlens_k[number];
-      seq_q = params.cu_seqlens_q[number + 1] - q_start;
-      seq_k = params.cu_seqlens_k[number + 1] - k_start;
-    }
-  }
-
-  __device__ __forceinline__ uint16_t* row(const TensorView& tensor, int64_t row, int head) const {
-    return static_cast<uint16_t*>(tensor.data) + batch * tensor.stride_batch +
-           row * tensor.stride_seq + head * tensor.stride_head;
-  }
-  __device__ __forceinline__ uint16_t* query(const TensorView& tensor, int query, int head) const {
-    return row(tensor, q_start + query, head);
-  }
-  __device__ __forceinline__ uint16_t* key(const TensorView& tensor, int key, int head) const {
-    return row(tensor, k_start + key, head);
-  }
-};
-
 template <Element kElement>
 __device__ __forceinline__ float row_product(const uint16_t* a, const uint16_t* b, int head_dim) {
   float sum = 0.f;
