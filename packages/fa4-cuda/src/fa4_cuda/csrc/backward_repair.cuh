@@ -89,6 +89,24 @@ struct GradientRow {
   }
 };
 
+// Of a warp's sixteen rows, from first_row on, those of which a thread says has_nan(r), one after the
+// other: repair(row). Row r of a thread's two is that of its quad, 8 r further on.
+template <class HasNan, class Repair>
+__device__ __forceinline__ void repair_rows(const HasNan& has_nan, int first_row,
+                                            const Repair& repair) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t quads = __ballot_sync(~0u, has_nan(r));
+    __syncwarp();  // all of a row is written before it is written again
+#pragma unroll 1
+    while (quads != 0) {
+      const int quad = (__ffs(quads) - 1) >> 2;
+      quads &= ~(0xFu << (4 * quad));
+      repair(first_row + quad + 8 * r);
+    }
+  }
+}
+
 // Of rows with NaN: dQ of a query.
 template <Element kElement>
 __device__ __forceinline__ void repair_query(const BackwardParams& params, int sequence_number,

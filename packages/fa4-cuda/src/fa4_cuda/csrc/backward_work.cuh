@@ -104,6 +104,19 @@ struct SeeingQueries {
   }
 };
 
+// Keys [begin, end) that a query sees.
+template <Mask kMask>
+struct SeenKeys {
+  int begin, end;
+
+  __device__ __forceinline__ SeenKeys(const BackwardParams& params, const Sequence& sequence,
+                                      int query) {
+    const int diagonal = query + sequence.seq_k - sequence.seq_q;
+    begin = kMask == Mask::kWindow ? max(0, diagonal - params.window_left) : 0;
+    end = min(sequence.seq_k, diagonal + params.window_right + 1);
+  }
+};
+
 // Blocks of queries [begin, end) that see a key of the thread block; those in [clean_begin,
 // clean_end) see all of them. Rows behind the last query are no matter: their lse makes P zero.
 template <BackwardTile const& kTile>
