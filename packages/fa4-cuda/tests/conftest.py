@@ -51,7 +51,8 @@ class BackwardTile(ctypes.Structure):
         (name, c_int32)
         for name in (
             *("head_dim", "mask", "split", "block_m", "block_n"),
-            *("q_stages", "do_stages", "dq_direct", "dq_staged", "shared_bytes"),
+            *("q_stages", "do_stages", "dq_direct", "dq_staged", "k_stages", "v_stages"),
+            *("shared_bytes", "query_shared_bytes"),
         )
     )
 

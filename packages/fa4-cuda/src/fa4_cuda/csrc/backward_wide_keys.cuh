@@ -64,7 +64,7 @@ struct WideStages {
   static_assert(kTile.block_m == 64 && kTile.block_n == 64);
   static_assert(kTile.head_dim % kPanelColumns == 0);
   static_assert(kTile.q_stages == kTile.do_stages && kTile.q_stages == kTile.exchange_slots());
-  // Q and dO of the next step are there while dO of this one is read.
+  // Rows of others in dO of the next step are cleared before dO of this one has been read.
   static_assert(kTile.q_stages >= 2);
   using Position = RingPosition<kTile.q_stages>;
 
