@@ -11,8 +11,8 @@ namespace fa4 {
 
 inline cudaError_t launch_with_room(void (*kernel)(BackwardParams), const BackwardParams& params,
                                     int grid, int threads, int shared_bytes, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   return error == cudaSuccess ? launch_behind(kernel, grid, threads, shared_bytes, stream, params)
                               : error;
 }

@@ -89,8 +89,8 @@ struct GradientRow {
   }
 };
 
-// Of a warp's sixteen rows, from first_row on, those of which a thread says has_nan(r), one after the
-// other: repair(row). Row r of a thread's two is that of its quad, 8 r further on.
+// Of a warp's sixteen rows, from first_row on, those of which a thread says has_nan(r), one after
+// the other: repair(row). Row r of a thread's two is that of its quad, 8 r further on.
 template <class HasNan, class Repair>
 __device__ __forceinline__ void repair_rows(const HasNan& has_nan, int first_row,
                                             const Repair& repair) {

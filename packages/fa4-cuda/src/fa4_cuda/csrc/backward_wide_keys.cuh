@@ -1,10 +1,10 @@
-// The consumer warp groups of the backward for wide heads where dQ has a kernel of its own: one keeps
-// dV, the other dK, of all keys of the thread block and all columns.
+// The consumer warp groups of the backward for wide heads where dQ has a kernel of its own: one
+// keeps dV, the other dK, of all keys of the thread block and all columns.
 //
 // The first computes S^T, P^T and dV, the second dP^T, dS^T and dK. Only P goes from the one to the
-// other; both P^T and dS^T are operands in registers. The first issues S of the next block of queries
-// before dV of this one, and makes P under dV. The second has one product after the other: the first's
-// run meanwhile, and Q is wanted back for the block after the next.
+// other; both P^T and dS^T are operands in registers. The first issues S of the next block of
+// queries before dV of this one, and makes P under dV. The second has one product after the other:
+// the first's run meanwhile, and Q is wanted back for the block after the next.
 //
 // No product is under way where a loop turns.
 #pragma once
@@ -14,8 +14,8 @@
 
 namespace fa4 {
 
-// P^T of a step from one warp group to the other. What a thread has of it the same thread of the other
-// needs, so it lies in shared memory as threads have it, sixteen bytes at a time.
+// P^T of a step from one warp group to the other. What a thread has of it the same thread of the
+// other needs, so it lies in shared memory as threads have it, sixteen bytes at a time.
 template <int kCount>
 __device__ __forceinline__ void hand_over(uint32_t place, const uint32_t (&p)[kCount], int thread) {
 #pragma unroll
@@ -56,8 +56,8 @@ __device__ __forceinline__ void store_whole_gradient(const BackwardParams& param
   });
 }
 
-// Where the stages of Q, dO and P lie, which both warp groups go through in step: there are as many of
-// each, so one position serves for all.
+// Where the stages of Q, dO and P lie, which both warp groups go through in step: there are as many
+// of each, so one position serves for all.
 template <int kTileIndex>
 struct WideStages {
   static constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
@@ -120,16 +120,17 @@ __device__ __forceinline__ void compute_dv(const BackwardParams& params,
     const ColumnMask<kTile.mask> mask(params, work, first_key, lane);
 
     float s[kM / 2], dv[kHeadDim / 2];
-    // By turns: one is an operand of dV while the next is made in the other. If it was made in one place
-    // and moved, ptxas would make it in the other after all, and run all products one by one (C7513).
+    // By turns: one is an operand of dV while the next is made in the other. If it was made in one
+    // place and moved, ptxas would make it in the other after all, and run all products one by one
+    // (C7513).
     uint32_t p[kM / 4], next_p[kM / 4];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dv[i] = 0.f;
     pin(dv);  // so that the zeros are made here, not between products
 
     if (step.left > 0) {
-      // Rows of Q and dO behind a packed sequence's last, for both warp groups: the other waits for P
-      // before it reads them.
+      // Rows of Q and dO behind a packed sequence's last, for both warp groups: the other waits for
+      // P before it reads them.
       const auto clear_tails = [&] {
         if (!has_rows_of_others<kBackwardTiles[kTileIndex]>(params, work, step.block)) return;
         const int rows = work.seq_q - step.block * kM;
@@ -146,8 +147,8 @@ __device__ __forceinline__ void compute_dv(const BackwardParams& params,
                                                  fresh_descriptor(memory.q(at), 16));
         wgmma_commit();
       };
-      // There is room for P: the other has let go of what lay in this stage of Q before, which it
-      // does behind P of that.
+      // There is room for P: the other has let go of this stage's last Q, which it does when it has
+      // read P of that.
       const auto make_p = [&](uint32_t (&made)[kM / 4]) {
         pin(s);
         if (blocks.masked(step.block)) mask.template apply<kM>(s, step.block * kM, masked_score);
@@ -210,7 +211,7 @@ __device__ __forceinline__ void compute_dv(const BackwardParams& params,
   }
 }
 
-// The other.
+// The warp group that makes dS.
 template <int kTileIndex, Element kElement>
 __device__ __forceinline__ void compute_dk(const BackwardParams& params,
                                            const BackwardLayout<kTileIndex>& layout) {
@@ -248,6 +249,7 @@ __device__ __forceinline__ void compute_dk(const BackwardParams& params,
       layout.v_ring().wait_full(key_at);
 #pragma unroll 1
       while (step.left > 0) {
+        // Rows of others are zero when P is there.
         if (has_rows_of_others<kBackwardTiles[kTileIndex]>(params, work, step.block))
           p_ring.wait_full(at);
         do_ring.wait_full(at);

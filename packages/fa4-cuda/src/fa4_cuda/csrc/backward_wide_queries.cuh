@@ -1,8 +1,8 @@
 // dQ of wide heads in a kernel of its own: nothing is summed in global memory, so nothing is zeroed
 // before and converted after, and gradients are the same bits every time.
 //
-// A thread block keeps Q and dO of 128 queries, each of its two consumer warp groups 64 of them, and
-// goes over the keys that they see. S = Q K^T and dP = dO V^T are computed again; dS stays in
+// A thread block keeps Q and dO of 128 queries, each of its two consumer warp groups 64 of them,
+// and goes over the keys that they see. S = Q K^T and dP = dO V^T are computed again; dS stays in
 // registers as an operand of dQ += dS K. S of the next block is issued before dQ of this one, and P
 // made under it.
 //
@@ -14,49 +14,6 @@
 #include "overlap.cuh"
 
 namespace fa4 {
-
-// A block of queries.
-struct QueryWork : Sequence {
-  int head;  // of the queries
-  int key_head;
-  int first_query;
-
-  __device__ __forceinline__ QueryWork(const BackwardParams& params, int tile)
-      : QueryWork(params, TilePlace(params, tile, params.heads_q)) {}
-
- private:
-  __device__ __forceinline__ QueryWork(const BackwardParams& params, const TilePlace& place)
-      : Sequence(params, place.sequence),
-        head(place.head),
-        key_head(place.head / params.heads_per_group),
-        first_query(place.block * BackwardTile::kQueryRows) {}
-};
-
-// Blocks of keys [begin, end) that one of `rows` queries sees; those in [clean_begin, clean_end) are
-// seen by all of them. Rows behind the last query are no matter: they are not stored.
-template <BackwardTile const& kTile>
-struct KeyBlocks {
-  int begin = 0, end = 0, clean_begin = 0, clean_end = 0;
-
-  __device__ __forceinline__ KeyBlocks(const BackwardParams& params, const Sequence& sequence,
-                                       int first_query, int rows) {
-    using Seen = SeenKeys<kTile.mask>;
-    constexpr int kN = kTile.block_n;
-    if (first_query >= sequence.seq_q) return;
-    const Seen first(params, sequence, first_query);
-    const Seen last(params, sequence, min(first_query + rows, sequence.seq_q) - 1);
-    if (first.begin >= last.end) return;
-    begin = first.begin / kN;
-    end = (last.end + kN - 1) / kN;
-    clean_begin = (last.begin + kN - 1) / kN;
-    clean_end = max(first.end, 0) / kN;
-  }
-
-  __device__ __forceinline__ bool empty() const { return begin == end; }
-  __device__ __forceinline__ bool masked(int block) const {
-    return block < clean_begin || block >= clean_end;
-  }
-};
 
 // Shared memory and barriers. Q and dO lie in slabs of 64 rows, one of each for a warp group, with
 // barriers of their own: it may be done with them before the other is.
@@ -98,9 +55,8 @@ struct QueryLayout {
     return TileRing(v_ring().full + VRing::kBytes);
   }
 
-  static constexpr int kBarrierBytes =
-      2 * BackwardTile::kWarpgroups * SlabRing::kBytes + KRing::kBytes + VRing::kBytes +
-      TileRing::kBytes;
+  static constexpr int kBarrierBytes = 2 * BackwardTile::kWarpgroups * SlabRing::kBytes +
+                                       KRing::kBytes + VRing::kBytes + TileRing::kBytes;
   static_assert(16 + kBarrierBytes <= 256);
   static_assert(kTile.query_shared_bytes() <= kMaxSharedBytes);
   static_assert(kRowAlignment % BackwardTile::kQueryRows == 0);
@@ -193,8 +149,8 @@ __device__ __forceinline__ void produce_for_dq(const BackwardParams& params,
   }
 }
 
-// P = exp2(scale_log2 * S - log2(e) * lse), rounded. The lse of a thread's two rows is read for every
-// block: as registers go, two are dear.
+// P = exp2(scale_log2 * S - log2(e) * lse), rounded. The lse of a thread's two rows is read for
+// every block: as registers go, two are dear.
 template <Element kElement, int kColumns>
 __device__ __forceinline__ void row_probabilities(uint32_t (&p)[kColumns / 4],
                                                   const float (&s)[kColumns / 2], float scale_log2,
@@ -383,7 +339,9 @@ __device__ __forceinline__ void compute_dq(const BackwardParams& params,
       store_row<kElement, kHeadDim>(work.query(params.dq, query, work.head), query < work.seq_q, dq,
                                     r, params.scale, 0, params.head_dim, lane, watch[r]);
     }
-    const auto has_nan = [&](int r) { return first_query + 8 * r < work.seq_q && watch[r].found(); };
+    const auto has_nan = [&](int r) {
+      return first_query + 8 * r < work.seq_q && watch[r].found();
+    };
     repair_rows(has_nan, warp_query, [&](int query) {
       await_earlier_kernel();  // lse and delta are read past the copy engine
       const int64_t row = workspace_row(params, work.number, work.head, work.q_start) + query;
@@ -414,8 +372,8 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();
     compute_dq<kTileIndex, kElement>(params, layout, warpgroup - 1);
   }
-  // Needs nothing of the kernel ahead, which has waited for the one that made lse and delta. But who
-  // comes next waits for this one alone.
+  // Needs nothing of the kernel ahead, which has waited for the one that made lse and delta. But
+  // who comes next waits for this one alone.
   await_earlier_kernel();
 }
 

@@ -91,6 +91,23 @@ struct BackwardWork : Sequence {
       : Sequence(params, place.sequence), key_head(place.head), n_block(place.block) {}
 };
 
+// A block of queries, for dQ's own kernel.
+struct QueryWork : Sequence {
+  int head;  // of the queries
+  int key_head;
+  int first_query;
+
+  __device__ __forceinline__ QueryWork(const BackwardParams& params, int tile)
+      : QueryWork(params, TilePlace(params, tile, params.heads_q)) {}
+
+ private:
+  __device__ __forceinline__ QueryWork(const BackwardParams& params, const TilePlace& place)
+      : Sequence(params, place.sequence),
+        head(place.head),
+        key_head(place.head / params.heads_per_group),
+        first_query(place.block * BackwardTile::kQueryRows) {}
+};
+
 // Queries [begin, end) that see a key.
 template <Mask kMask>
 struct SeeingQueries {
@@ -136,6 +153,32 @@ struct QueryBlocks {
   }
 
   __device__ __forceinline__ int count() const { return end - begin; }
+  __device__ __forceinline__ bool masked(int block) const {
+    return block < clean_begin || block >= clean_end;
+  }
+};
+
+// Blocks of keys [begin, end) that one of `rows` queries sees; those in [clean_begin, clean_end)
+// are seen by all of them. Rows behind the last query are no matter: they are not stored.
+template <BackwardTile const& kTile>
+struct KeyBlocks {
+  int begin = 0, end = 0, clean_begin = 0, clean_end = 0;
+
+  __device__ __forceinline__ KeyBlocks(const BackwardParams& params, const Sequence& sequence,
+                                       int first_query, int rows) {
+    using Seen = SeenKeys<kTile.mask>;
+    constexpr int kN = kTile.block_n;
+    if (first_query >= sequence.seq_q) return;
+    const Seen first(params, sequence, first_query);
+    const Seen last(params, sequence, min(first_query + rows, sequence.seq_q) - 1);
+    if (first.begin >= last.end) return;
+    begin = first.begin / kN;
+    end = (last.end + kN - 1) / kN;
+    clean_begin = (last.begin + kN - 1) / kN;
+    clean_end = max(first.end, 0) / kN;
+  }
+
+  __device__ __forceinline__ bool empty() const { return begin == end; }
   __device__ __forceinline__ bool masked(int block) const {
     return block < clean_begin || block >= clean_end;
   }

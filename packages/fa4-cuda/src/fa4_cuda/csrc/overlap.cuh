@@ -1,6 +1,6 @@
-// Kernels of a stream that may begin before the one ahead of them has ended (kOverlapLaunches): what
-// lies before `await_earlier_kernel` runs under the end of that one. Without, both sides of this are
-// ordinary launches.
+// Kernels of a stream that may begin before the one ahead of them has ended (kOverlapLaunches):
+// what lies before `await_earlier_kernel` runs under the end of that one. Without, both sides of
+// this are ordinary launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,8 +10,8 @@
 
 namespace fa4 {
 
-// Until all kernels that this one was launched behind have ended, and what they wrote is there. Before
-// it nothing may be read that they write, nor written that they read.
+// Until all kernels that this one was launched behind have ended, and what they wrote is there.
+// Before it nothing may be read that they write, nor written that they read.
 __device__ __forceinline__ void await_earlier_kernel() {
   if constexpr (kOverlapLaunches) ptx::griddepcontrol_wait();
 }
