@@ -1,4 +1,4 @@
-"""The kernels of wide heads go through every pair of a query and a key that see each other, once."""
+"""The kernels of wide heads go through every query and key that see each other, once."""
 
 from __future__ import annotations
 
