@@ -1,11 +1,13 @@
 """Compile `src/fa4_cuda/csrc` into the one shared library of this package: `hatch run build-cuda`.
 
-    python packages/fa4-cuda/build_kernels.py [OUTPUT] [--jobs N]
+    python packages/fa4-cuda/build_kernels.py [OUTPUT] [--jobs N] [--define NAME ...]
 
 Every source file becomes an object with a stamp beside it: a hash of the compiler, the flags, the
 file and all that it includes from here. What has its stamp is not compiled again. Objects, stamps
-and what ptxas reports of each kernel are in `build/`, the library is in `src/fa4_cuda/lib/`. Needs
-nothing but the standard library, nvcc and the host compiler that nvcc calls; no torch, no GPU.
+and what ptxas reports of each kernel are in `build/`, the library is in `src/fa4_cuda/lib/`. With
+names defined, which make another choice where the sources leave one open (`backward_tiles.h`), all
+of it is in a folder of `build/` with these names. Needs nothing but the standard library, nvcc and
+the host compiler that nvcc calls; no torch, no GPU.
 """
 
 from __future__ import annotations
@@ -66,6 +68,34 @@ class BuildError(Exception):
     """The library cannot be built; the message says why and what to do."""
 
 
+class Variant(NamedTuple):
+    """A choice of what the sources leave open.
+
+    Attributes:
+        defines: Preprocessor names, none for what is shipped.
+    """
+
+    defines: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where its objects are."""
+        return BUILD / "+".join(self.defines)
+
+    @property
+    def library(self) -> Path:
+        """Where it is linked to, unless told otherwise."""
+        return self.folder / LIBRARY.name if self.defines else LIBRARY
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of the compiler."""
+        return (*COMPILE_FLAGS, *(f"-D{name}" for name in self.defines))
+
+
+SHIPPED = Variant()
+
+
 class KernelReport(NamedTuple):
     """What ptxas says of one kernel.
 
@@ -113,12 +143,15 @@ def _head_dim(file: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def build(output: Path = LIBRARY, *, jobs: int | None = None) -> list[Path]:
+def build(
+    output: Path | None = None, *, jobs: int | None = None, variant: Variant = SHIPPED
+) -> list[Path]:
     """Compile what has changed and link it.
 
     Args:
-        output: The library.
+        output: The library, by default that of the variant.
         jobs: How many files to compile at once, the number of processors by default.
+        variant: Of the sources.
 
     Returns:
         The sources that were compiled.
@@ -126,16 +159,29 @@ def build(output: Path = LIBRARY, *, jobs: int | None = None) -> list[Path]:
     Raises:
         BuildError: There is no nvcc, or it failed.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError(NO_NVCC)
-    compiler = _run([str(nvcc), "--version"]) + "\0".join(COMPILE_FLAGS)
-    BUILD.mkdir(exist_ok=True)
-    _forget_objects_without_source()
-    stale = [source for source in sources() if not _is_current(source, compiler)]
+    compiled = compile_sources(sources(), jobs=jobs, variant=variant)
+    _forget_objects_without_source(variant)
+    _link(output or variant.library, variant)
+    return compiled
+
+
+def compile_sources(
+    files: Iterable[Path], *, jobs: int | None = None, variant: Variant = SHIPPED
+) -> list[Path]:
+    """Compile those of `files` that have changed, without linking; arguments are those of `build`.
+
+    Returns:
+        The sources that were compiled.
+
+    Raises:
+        BuildError: There is no nvcc, or it failed.
+    """
+    nvcc = _nvcc()
+    compiler = _compiler(nvcc, variant)
+    variant.folder.mkdir(parents=True, exist_ok=True)
+    stale = [source for source in files if not _is_current(source, compiler, variant)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda source: _compile(nvcc, source, compiler), stale))
-    _link(nvcc, compiler, output)
+        list(pool.map(lambda source: _compile(nvcc, source, compiler, variant), stale))
     return stale
 
 
@@ -144,13 +190,23 @@ def is_current() -> bool:
     nvcc = find_nvcc()
     if nvcc is None or not LIBRARY.exists():
         return LIBRARY.exists()
-    compiler = _run([str(nvcc), "--version"]) + "\0".join(COMPILE_FLAGS)
+    compiler = _compiler(nvcc, SHIPPED)
     return all(_is_current(source, compiler) for source in sources())
 
 
-def reports() -> list[KernelReport]:
+def ptxas_output(source: Path, variant: Variant = SHIPPED) -> str:
+    """Return what ptxas said of a file's kernels when it was compiled."""
+    return _beside(source, ".ptxas", variant).read_text(encoding="utf-8")
+
+
+def object_of(source: Path, variant: Variant = SHIPPED) -> Path:
+    """Return the object that a file becomes."""
+    return _beside(source, ".o", variant)
+
+
+def reports(variant: Variant = SHIPPED) -> list[KernelReport]:
     """Return what ptxas said of every kernel when it was compiled."""
-    texts = [_beside(source, ".ptxas").read_text(encoding="utf-8") for source in sources()]
+    texts = [ptxas_output(source, variant) for source in sources()]
     return [report for text in texts for report in parse_ptxas(text)]
 
 
@@ -173,29 +229,41 @@ def parse_ptxas(text: str) -> list[KernelReport]:
     ]
 
 
-def _beside(source: Path, suffix: str) -> Path:
+def _nvcc() -> Path:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError(NO_NVCC)
+    return nvcc
+
+
+def _compiler(nvcc: Path, variant: Variant) -> str:
+    """Return what every object of a variant depends on."""
+    return _run([str(nvcc), "--version"]) + "\0".join(variant.flags)
+
+
+def _beside(source: Path, suffix: str, variant: Variant = SHIPPED) -> Path:
     """Return the path in `build/` of what belongs to `source`."""
-    return BUILD / f"{'.'.join(source.relative_to(SOURCES).parts)}{suffix}"
+    return variant.folder / f"{'.'.join(source.relative_to(SOURCES).parts)}{suffix}"
 
 
-def _forget_objects_without_source() -> None:
-    known = {_beside(source, ".o") for source in sources()}
-    for left in BUILD.glob("*.o"):
+def _forget_objects_without_source(variant: Variant) -> None:
+    known = {object_of(source, variant) for source in sources()}
+    for left in variant.folder.glob("*.o"):
         if left not in known:
             left.unlink()
 
 
-def _stamp(source: Path, compiler: str) -> str | None:
+def _stamp(source: Path, compiler: str, variant: Variant = SHIPPED) -> str | None:
     """Return what the object of `source` depends on, as a hash, or None if that is not known."""
     try:
-        return _hash_of([compiler], _included(source))
+        return _hash_of([compiler], _included(source, variant))
     except FileNotFoundError:
         return None
 
 
-def _included(source: Path) -> list[Path]:
+def _included(source: Path, variant: Variant) -> list[Path]:
     """Return `source` and all that it includes from here, as the compiler found it."""
-    text = _beside(source, ".d").read_text(encoding="utf-8")
+    text = _beside(source, ".d", variant).read_text(encoding="utf-8")
     # A make rule: `target: file file \` and so on. Of the toolkit's files its version speaks.
     named = text.partition(":")[2].replace("\\\n", " ").split()
     included = {Path(name).resolve() for name in named}
@@ -209,33 +277,37 @@ def _hash_of(texts: Iterable[str], files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _is_current(source: Path, compiler: str) -> bool:
-    stamp = _beside(source, ".stamp")
+def _is_current(source: Path, compiler: str, variant: Variant = SHIPPED) -> bool:
+    stamp = _beside(source, ".stamp", variant)
     return (
-        _beside(source, ".o").exists()
+        object_of(source, variant).exists()
         and stamp.exists()
-        and stamp.read_text(encoding="utf-8") == _stamp(source, compiler)
+        and stamp.read_text(encoding="utf-8") == _stamp(source, compiler, variant)
     )
 
 
-def _compile(nvcc: Path, source: Path, compiler: str) -> None:
-    _beside(source, ".stamp").unlink(missing_ok=True)
+def _compile(nvcc: Path, source: Path, compiler: str, variant: Variant = SHIPPED) -> None:
+    recorded = _beside(source, ".stamp", variant)
+    recorded.unlink(missing_ok=True)
     start, now = time.monotonic(), time.time()
-    dependencies = ["-MD", "-MF", str(_beside(source, ".d"))]
-    target = ["-c", str(source), "-o", str(_beside(source, ".o"))]
-    report = _run([str(nvcc), *COMPILE_FLAGS, *dependencies, *target])
-    _beside(source, ".ptxas").write_text(report, encoding="utf-8")
+    dependencies = ["-MD", "-MF", str(_beside(source, ".d", variant))]
+    target = ["-c", str(source), "-o", str(object_of(source, variant))]
+    report = _run([str(nvcc), *variant.flags, *dependencies, *target])
+    _beside(source, ".ptxas", variant).write_text(report, encoding="utf-8")
     # What was edited while the compiler read it counts as not compiled.
-    edited = any(path.stat().st_mtime > now for path in _included(source))
-    stamp = "" if edited else _stamp(source, compiler) or ""
-    _beside(source, ".stamp").write_text(stamp, encoding="utf-8")
+    edited = any(path.stat().st_mtime > now for path in _included(source, variant))
+    stamp = "" if edited else _stamp(source, compiler, variant) or ""
+    recorded.write_text(stamp, encoding="utf-8")
     print(f"{time.monotonic() - start:6.1f} s  {source.relative_to(SOURCES)}", flush=True)
 
 
-def _link(nvcc: Path, compiler: str, output: Path) -> None:
-    stamps = [_beside(source, ".stamp").read_text(encoding="utf-8") for source in sources()]
-    stamp = _hash_of([compiler, *LINK_FLAGS, str(output), *stamps], [])
-    recorded = BUILD / "library.stamp"
+def _link(output: Path, variant: Variant) -> None:
+    nvcc = _nvcc()
+    stamps = [
+        _beside(source, ".stamp", variant).read_text(encoding="utf-8") for source in sources()
+    ]
+    stamp = _hash_of([_compiler(nvcc, variant), *LINK_FLAGS, str(output), *stamps], [])
+    recorded = variant.folder / "library.stamp"
     if output.exists() and recorded.exists() and recorded.read_text(encoding="utf-8") == stamp:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +315,7 @@ def _link(nvcc: Path, compiler: str, output: Path) -> None:
     beside = [f"-L{folder}" for folder in [nvcc.resolve().parents[1] / "lib"] if folder.is_dir()]
     # Linked beside its place and moved there: a process may have the old one loaded.
     made = output.with_suffix(".new")
-    objects = [str(_beside(source, ".o")) for source in sources()]
+    objects = [str(object_of(source, variant)) for source in sources()]
     _run([str(nvcc), *LINK_FLAGS, *beside, "-o", str(made), *objects])
     made.replace(output)
     recorded.write_text(stamp, encoding="utf-8")
@@ -265,22 +337,25 @@ def _run(command: list[str]) -> str:
 def main() -> int:
     """Build, and say what was done; return the exit status."""
     parser = argparse.ArgumentParser(description="Compile the CUDA kernels of fa4-cuda.")
-    parser.add_argument("output", nargs="?", type=Path, default=LIBRARY, help="the library")
+    parser.add_argument("output", nargs="?", type=Path, help="the library")
     parser.add_argument("--jobs", type=int, help="files to compile at once")
+    parser.add_argument(
+        "--define", action="append", default=[], metavar="NAME", help="a choice of the sources"
+    )
     options = parser.parse_args()
+    variant = Variant(tuple(sorted(options.define)))
+    output = options.output or variant.library
     start = time.monotonic()
     try:
-        compiled = build(options.output, jobs=options.jobs)
+        compiled = build(output, jobs=options.jobs, variant=variant)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
-    for kernel in reports():
+    for kernel in reports(variant):
         if kernel.spill_bytes or kernel.stack_bytes:
             print(f"{kernel.spill_bytes} bytes spilled by {kernel.name}")
-    size = options.output.stat().st_size / 2**20
-    print(
-        f"{options.output.name}: {size:.1f} MiB, {len(compiled)} of {len(sources())} files compiled"
-    )
+    size = output.stat().st_size / 2**20
+    print(f"{output.name}: {size:.1f} MiB, {len(compiled)} of {len(sources())} files compiled")
     print(f"{time.monotonic() - start:6.1f} s  in all")
     return 0
 

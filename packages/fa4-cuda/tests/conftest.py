@@ -51,7 +51,8 @@ class BackwardTile(ctypes.Structure):
         (name, c_int32)
         for name in (
             *("head_dim", "mask", "split", "block_m", "block_n"),
-            *("q_stages", "do_stages", "dq_direct", "dq_staged", "shared_bytes"),
+            *("q_stages", "do_stages", "dq_direct", "dq_staged", "k_stages", "v_stages"),
+            *("shared_bytes", "query_shared_bytes"),
         )
     )
 
@@ -157,13 +158,27 @@ def build_kernels() -> ModuleType:
 @pytest.fixture(scope="session")
 def planner() -> Planner:
     """The planners alone, by the host compiler."""
+    return compile_planner()
+
+
+@pytest.fixture(scope="session")
+def wide_planner() -> Planner:
+    """Those of a library in which dQ of wide heads has a kernel of its own."""
+    return compile_planner("FA4_WIDE_DQ_KERNEL")
+
+
+def compile_planner(*defines: str) -> Planner:
+    """The planners of a variant."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    library = CACHE / f"libplan-{digest(*PLANNERS, *CSRC.glob('*.h'))}.so"
+    name = "-".join(["libplan", digest(*PLANNERS, *CSRC.glob("*.h")), *defines])
+    library = CACHE / f"{name}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        # Hidden: two of them in one process have a table each.
+        command += ["-fvisibility=hidden", *(f"-D{define}" for define in defines)]
         subprocess.run([*command, *map(str, PLANNERS), "-o", str(library)], check=True)
     return Planner(ctypes.CDLL(str(library)))
 

@@ -1,10 +1,10 @@
-"""The barriers of the backward kernel, as a model: nobody hangs, and nobody writes what is read.
+"""The barriers of the backward kernels, as a model: nobody hangs, and nobody writes what is read.
 
 The threads that load, the consumer warp groups and the warps that take dQ away are coroutines over
-the barriers and buffers of backward_pipeline.cuh, in the order in which it, backward_by_keys.cuh
-and backward_by_columns.cuh use them. Every yield is a point at which any other may run, chosen at
-random. What runs for itself does so here: a copy is an actor of its own, and products read their
-operands until a wait covers them.
+the barriers and buffers of backward_pipeline.cuh, in the order in which it, backward_by_keys.cuh,
+backward_by_columns.cuh, backward_wide_keys.cuh and backward_wide_queries.cuh use them. Every yield
+is a point at which any other may run, chosen at random. What runs for itself does so here: a copy
+is an actor of its own, and products read their operands until a wait covers them.
 
 A buffer knows what is in it: whoever reads says what he expects, and whoever writes must be alone.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-BY_KEYS, BY_COLUMNS = 0, 1
+BY_KEYS, BY_COLUMNS, BY_GRADIENTS = 0, 1, 2
 
 Steps = Iterator[bool]
 """Yields whether anything has happened since the last time."""
@@ -206,27 +206,12 @@ class Products:
 LAST = -1
 
 
-class ThreadBlock:
-    """One thread block at work on blocks of keys; `flaw` names what it does wrong."""
+class Model:
+    """Actors of one thread block, and what those of every kernel do."""
 
-    def __init__(self, shape: Shape, blocks: list[Block], flaw: str = "") -> None:
-        self.shape, self.blocks, self.flaw = shape, blocks, flaw
-        # Read by the consumers, by who loads dO and by who takes dQ away.
-        self.tiles = Ring("tile", 2, 5)
-        self.q = Ring("Q", shape.q_stages, 2)
-        self.grad_out = Ring("dO", shape.do_stages, 2)
-        self.k, self.v = Ring("K", 1, 2), Ring("V", 1, 2)
-        # Halves by warp group of each of two dS; or P and dS.
-        self.exchange = [[Buffer(f"dS[{i}] of {g}") for g in range(2)] for i in range(2)]
-        self.ds_ring = Ring("dS", 2, readers=2, writers=2)
-        self.p, self.ds = Buffer("P"), Buffer("dS")
-        self.dq = [Buffer(f"dQ of {g}") for g in range(2)]
-        self.scores_ready, self.ds_ready, self.all_cleared = (NamedBarrier() for _ in range(3))
-        self.dq_full, self.dq_empty = ([NamedBarrier() for _ in range(2)] for _ in range(2))
-        self.added: list[object] = []
+    def __init__(self, tile_readers: int) -> None:
+        self.tiles = Ring("tile", 2, tile_readers)
         self.actors: dict[str, Steps] = {}
-
-    # ---- who loads
 
     def _copy(self, at: Position, content: object) -> Steps:
         at.buffer.write(None)
@@ -241,6 +226,74 @@ class ThreadBlock:
         at.count += 1
         yield True
 
+    def _deal_tile(self, number: int, at: Position) -> Steps:
+        yield from at.wait_empty()
+        at.buffer.write(number)
+        at.fill()
+        at.count += 1
+
+    def _read_tile(self, at: Position) -> Generator[bool, None, int]:
+        yield from at.wait_full()
+        number = at.buffer.content
+        assert isinstance(number, int)
+        at.buffer.begin_read(number, set())
+        yield True
+        at.buffer.end_read()
+        at.free()
+        at.count += 1
+        return number
+
+    @staticmethod
+    def _read(operand: tuple[Buffer, object, set[int]]) -> Steps:
+        buffer, expected, cleared_by = operand
+        buffer.begin_read(expected, cleared_by)
+        yield True
+        buffer.end_read()
+
+    def run_actors(self, actors: dict[str, Steps], seed: int) -> None:
+        """Until everyone has come to an end, under one random schedule."""
+        self.actors = actors
+        schedule = random.Random(seed)
+        waiting: set[str] = set()
+        while self.actors:
+            name = schedule.choice(sorted(self.actors.keys() - waiting))
+            try:
+                moved = next(self.actors[name])
+            except StopIteration:
+                del self.actors[name]
+                moved = True
+            if moved:
+                waiting.clear()
+            else:
+                waiting.add(name)
+            if self.actors and self.actors.keys() <= waiting:
+                raise HangError(", ".join(sorted(waiting)))
+
+
+class ThreadBlock(Model):
+    """One thread block at work on blocks of keys; `flaw` names what it does wrong."""
+
+    def __init__(self, shape: Shape, blocks: list[Block], flaw: str = "") -> None:
+        has_takers = shape.split != BY_GRADIENTS
+        # Read by the consumers, by who loads dO and by who takes dQ away.
+        super().__init__(tile_readers=5 if has_takers else 3)
+        self.shape, self.blocks, self.flaw = shape, blocks, flaw
+        self.q = Ring("Q", shape.q_stages, 2)
+        self.grad_out = Ring("dO", shape.do_stages, 2)
+        sharers = 2 if has_takers else 1
+        self.k, self.v = Ring("K", 1, sharers), Ring("V", 1, sharers)
+        # Halves by warp group of each of two dS; or P and dS.
+        self.exchange = [[Buffer(f"dS[{i}] of {g}") for g in range(2)] for i in range(2)]
+        self.ds_ring = Ring("dS", 2, readers=2, writers=2)
+        self.p, self.ds = Buffer("P"), Buffer("dS")
+        self.p_ring = Ring("P", shape.q_stages, readers=1)
+        self.dq = [Buffer(f"dQ of {g}") for g in range(2)]
+        self.scores_ready, self.ds_ready, self.all_cleared = (NamedBarrier() for _ in range(3))
+        self.dq_full, self.dq_empty = ([NamedBarrier() for _ in range(2)] for _ in range(2))
+        self.added: list[object] = []
+
+    # ---- who loads
+
     def _load_tile(self, number: int, keys: Position, queries: Position) -> Steps:
         steps = self.blocks[number].steps
         if steps:
@@ -251,10 +304,7 @@ class ThreadBlock:
     def load_queries(self) -> Steps:
         tile_at, k, q = Position(self.tiles), Position(self.k), Position(self.q)
         for number in [*range(len(self.blocks)), LAST]:
-            yield from tile_at.wait_empty()
-            tile_at.buffer.write(number)
-            tile_at.fill()
-            tile_at.count += 1
+            yield from self._deal_tile(number, tile_at)
             if number != LAST:
                 yield from self._load_tile(number, k, q)
 
@@ -285,18 +335,7 @@ class ThreadBlock:
         self.dq[group].begin_read(content, set())
         self.dq[group].end_read()
 
-    def _read_tile(self, at: Position) -> Generator[bool, None, int]:
-        yield from at.wait_full()
-        number = at.buffer.content
-        assert isinstance(number, int)
-        at.buffer.begin_read(number, set())
-        yield True
-        at.buffer.end_read()
-        at.free()
-        at.count += 1
-        return number
-
-    # ---- what both splits do
+    # ---- what both splits do that share the gradients
 
     def _own_panels(self, group: int) -> range:
         if self.shape.split == BY_KEYS:
@@ -345,10 +384,7 @@ class ThreadBlock:
                     yield from self.all_cleared.sync(group)
 
         def read_rows(at: Position, step: int) -> Steps:  # lse lies beside Q, delta beside dO
-            buffer, expected, cleared_by = operand(at, step)
-            buffer.begin_read(expected, cleared_by)
-            yield True
-            buffer.end_read()
+            yield from self._read(operand(at, step))
 
         def issue_s(step: int) -> Steps:
             yield from q.wait_full()
@@ -436,12 +472,6 @@ class ThreadBlock:
             if tail:
                 at.buffer.clear(group, content)
 
-        def read(operand: tuple[Buffer, object, set[int]]) -> Steps:
-            buffer, expected, cleared_by = operand
-            buffer.begin_read(expected, cleared_by)
-            yield True
-            buffer.end_read()
-
         def issue_s(step: int) -> Steps:
             yield from q.wait_full()
             clear_tail(q, (number, step), block.tails[step])
@@ -455,7 +485,7 @@ class ThreadBlock:
             products.issue(keys(v, cleared=False), do_operand(step))
 
         def make_p(step: int) -> Steps:
-            yield from read(q_operand(q, step))  # lse lies beside Q
+            yield from self._read(q_operand(q, step))  # lse lies beside Q
             self.p.write((number, step))
 
         def multiply_dv(step: int) -> Steps:
@@ -463,9 +493,9 @@ class ThreadBlock:
             yield from grad_out.wait_full()
             products.issue(shared(self.p, step), do_operand(step))
             if not makes_p:
-                yield from read(shared(self.p, step))
+                yield from self._read(shared(self.p, step))
                 yield from products.wait(1)
-                yield from read(do_operand(step))  # delta lies beside dO
+                yield from self._read(do_operand(step))  # delta lies beside dO
                 self.ds.write((number, step))
             yield from products.wait(0)
             grad_out.free()
@@ -535,31 +565,272 @@ class ThreadBlock:
             yield from add_second(block.steps - 1)
             self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
 
+    # ---- backward_wide_keys.cuh
+
+    def compute_dv(self) -> Steps:
+        tile_at, products = Position(self.tiles), Products()
+        q, grad_out, p = Position(self.q), Position(self.grad_out), Position(self.p_ring)
+        k = Position(self.k)
+
+        def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
+
+        def clear_tails(step: int) -> Steps:
+            if block.tails[step]:
+                yield from grad_out.wait_full()
+                for at in (q, grad_out):
+                    at.buffer.clear(0, (number, step))
+                    yield True
+
+        def issue_s(step: int) -> Steps:
+            yield from q.wait_full()
+            yield from clear_tails(step)
+            products.issue((k.buffer, number, set()), operand(q, step))
+
+        def make_p(step: int) -> Steps:
+            yield from self._read(operand(q, step))  # lse lies beside Q
+            q.free()
+            if self.flaw == "hands P over before it is whole":
+                p.fill()
+            p.buffer.write(None)
+            yield True
+            p.buffer.write((number, step))
+            if self.flaw != "hands P over before it is whole":
+                p.fill()
+
+        def issue_dv(at: Position, step: int) -> Steps:
+            yield from at.wait_full()
+            products.issue(operand(at, step))
+
+        def finish_dv(at: Position) -> Steps:
+            if self.flaw == "frees dO before dV":
+                at.free()
+            yield from products.wait(0)
+            if self.flaw != "frees dO before dV":
+                at.free()
+
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            block = self.blocks[number]
+            if not block.steps:
+                continue
+            yield from k.wait_full()
+            yield from issue_s(0)
+            yield from products.wait(0)
+            yield from make_p(0)
+            for step in range(1, block.steps):
+                for at in (q, grad_out, p):
+                    at.count += 1
+                yield from issue_s(step)
+                yield from issue_dv(grad_out.before(), step - 1)
+                if self.flaw == "frees K before S" and step == block.steps - 1:
+                    k.free()
+                yield from products.wait(1)
+                yield from make_p(step)
+                yield from finish_dv(grad_out.before())
+            if self.flaw != "frees K before S" or block.steps == 1:
+                k.free()
+            yield from issue_dv(grad_out, block.steps - 1)
+            yield from finish_dv(grad_out)
+            for at in (q, grad_out, p, k):
+                at.count += 1
+
+    def compute_dk(self) -> Steps:
+        tile_at, products = Position(self.tiles), Products()
+        q, grad_out, p = Position(self.q), Position(self.grad_out), Position(self.p_ring)
+        v = Position(self.v)
+
+        def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
+
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            block = self.blocks[number]
+            if not block.steps:
+                continue
+            yield from v.wait_full()
+            for step in range(block.steps):
+                if block.tails[step] and self.flaw != "reads what the other clears":
+                    yield from p.wait_full()
+                yield from grad_out.wait_full()
+                products.issue((v.buffer, number, set()), operand(grad_out, step))
+                if self.flaw == "frees V before dP" and step == block.steps - 1:
+                    v.free()
+                yield from q.wait_full()
+                if self.flaw != "does not wait for P":
+                    yield from p.wait_full()
+                if self.flaw == "frees Q before it has read P":
+                    q.free()
+                yield from self._read((p.buffer, (number, step), set()))
+                yield from products.wait(0)
+                yield from self._read(operand(grad_out, step))  # delta lies beside dO
+                grad_out.free()
+                products.issue(operand(q, step))
+                if self.flaw == "frees Q before dK":
+                    q.free()
+                yield from products.wait(0)
+                if not self.flaw.startswith("frees Q"):
+                    q.free()
+                for at in (q, grad_out, p):
+                    at.count += 1
+            if self.flaw != "frees V before dP":
+                v.free()
+            v.count += 1
+
     def run(self, seed: int) -> None:
         """Until everyone has come to an end, under one random schedule."""
-        consume = self.consume_by_keys if self.shape.split == BY_KEYS else self.consume_by_columns
-        self.actors = {
-            "loads K and Q": self.load_queries(),
-            "loads V and dO": self.load_gradients(),
-        }
-        for group in range(2):
-            self.actors[f"consumer {group}"] = consume(group)
-            self.actors[f"takes dQ of {group} away"] = self.take_dq_away(group)
-        schedule = random.Random(seed)
-        waiting: set[str] = set()
-        while self.actors:
-            name = schedule.choice(sorted(self.actors.keys() - waiting))
-            try:
-                moved = next(self.actors[name])
-            except StopIteration:
-                del self.actors[name]
-                moved = True
-            if moved:
-                waiting.clear()
+        actors = {"loads K and Q": self.load_queries(), "loads V and dO": self.load_gradients()}
+        if self.shape.split == BY_GRADIENTS:
+            actors |= {"computes dV": self.compute_dv(), "computes dK": self.compute_dk()}
+        else:
+            by_keys = self.shape.split == BY_KEYS
+            consume = self.consume_by_keys if by_keys else self.consume_by_columns
+            for group in range(2):
+                actors[f"consumer {group}"] = consume(group)
+                actors[f"takes dQ of {group} away"] = self.take_dq_away(group)
+        self.run_actors(actors, seed)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A block of queries: the keys that it sees, in blocks, and of those each warp group's rows."""
+
+    blocks: int
+    own: tuple[tuple[int, int], tuple[int, int]]  # [begin, end); none if they are the same
+    tail: bool  # the last of the blocks ends behind a packed sequence
+
+
+class QueryThreadBlock(Model):
+    """One thread block of dQ's own kernel, backward_wide_queries.cuh."""
+
+    def __init__(self, k_stages: int, v_stages: int, work: list[Rows], flaw: str = "") -> None:
+        super().__init__(tile_readers=3)  # the consumers, and who loads dO
+        self.work, self.flaw = work, flaw
+        self.k, self.v = Ring("K", k_stages, 2), Ring("V", v_stages, 2)
+        self.q, self.grad_out = ([Ring(f"{x} of {g}", 1, 1) for g in range(2)] for x in ("Q", "dO"))
+        self.all_cleared = NamedBarrier()
+        self.done: list[object] = []
+
+    def _load_tile(self, number: int, keys: Position, slabs: list[Position]) -> Steps:
+        for block in range(self.work[number].blocks):
+            yield from self._load(keys, (number, block))
+            if block == 0:
+                for slab in slabs:
+                    yield from self._load(slab, number)
+
+    def load_queries(self) -> Steps:
+        tile_at, k, slabs = Position(self.tiles), Position(self.k), [Position(q) for q in self.q]
+        for number in [*range(len(self.work)), LAST]:
+            yield from self._deal_tile(number, tile_at)
+            if number != LAST:
+                yield from self._load_tile(number, k, slabs)
+
+    def load_gradients(self) -> Steps:
+        tile_at, v = Position(self.tiles), Position(self.v)
+        slabs = [Position(grad_out) for grad_out in self.grad_out]
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            yield from self._load_tile(number, v, slabs)
+
+    def compute_dq(self, group: int) -> Steps:
+        tile_at, products = Position(self.tiles), Products()
+        k, v = Position(self.k), Position(self.v)
+        q, grad_out = Position(self.q[group]), Position(self.grad_out[group])
+
+        def keys(at: Position, block: int) -> tuple[Buffer, object, set[int]]:
+            is_cleared = rows.tail and block == rows.blocks - 1
+            return at.buffer, (number, block), {0, 1} if is_cleared else set()
+
+        def wait_for_k(block: int, *, passing: bool = False) -> Steps:
+            yield from k.wait_full()
+            if rows.tail and block == rows.blocks - 1:
+                if passing and self.flaw == "does not clear what it passes by":
+                    return
+                k.buffer.clear(group, (number, block))
+                yield True
+                if self.flaw != "reads what the other clears":
+                    yield from self.all_cleared.sync(group)
+
+        def pass_by(begin: int, end: int) -> Steps:
+            for block in range(begin, end):
+                if self.flaw != "passes by what is not there yet":
+                    yield from wait_for_k(block, passing=True)
+                k.free()
+                k.count += 1
+                if self.flaw != "passes by what is not there yet":
+                    yield from v.wait_full()
+                v.free()
+                v.count += 1
+
+        def slab(at: Position) -> tuple[Buffer, object, set[int]]:
+            return at.buffer, number, set()
+
+        def make_ds() -> Steps:
+            v.free()
+            v.count += 1
+            yield from self._read(slab(grad_out))  # delta lies beside dO
+
+        def issue_dp(block: int) -> Steps:
+            yield from v.wait_full()
+            products.issue(slab(grad_out), (v.buffer, (number, block), set()))
+            if self.flaw == "frees dO before dP" and block == rows.own[group][1] - 1:
+                grad_out.free()
+
+        while (number := (yield from self._read_tile(tile_at))) != LAST:
+            rows = self.work[number]
+            begin, end = rows.own[group]
+            if begin == end:
+                yield from pass_by(0, rows.blocks)
+                if rows.blocks:
+                    yield from q.wait_full()
+                    yield from grad_out.wait_full()
             else:
-                waiting.add(name)
-            if self.actors and self.actors.keys() <= waiting:
-                raise HangError(", ".join(sorted(waiting)))
+                yield from pass_by(0, begin)
+                yield from wait_for_k(begin)
+                yield from q.wait_full()
+                products.issue(slab(q), keys(k, begin))
+                yield from grad_out.wait_full()
+                yield from products.wait(0)
+                yield from self._read(slab(q))  # lse lies beside Q
+                yield from issue_dp(begin)
+                yield from products.wait(0)
+                yield from make_ds()
+                for block in range(begin + 1, end):
+                    k.count += 1
+                    yield from wait_for_k(block)
+                    products.issue(slab(q), keys(k, block))
+                    products.issue(keys(k.before(), block - 1))
+                    if self.flaw == "frees K before dQ":
+                        k.before().free()
+                    yield from products.wait(1)
+                    yield from self._read(slab(q))
+                    yield from issue_dp(block)
+                    yield from products.wait(1)
+                    if self.flaw != "frees K before dQ":
+                        k.before().free()
+                    if self.flaw == "frees V before dP":
+                        v.free()
+                        v.count += 1
+                        yield from products.wait(0)
+                    else:
+                        yield from products.wait(0)
+                        yield from make_ds()
+            if rows.blocks:
+                q.free()
+                if self.flaw != "frees dO before dP":
+                    grad_out.free()
+                q.count += 1
+                grad_out.count += 1
+            if begin != end:
+                products.issue(keys(k, end - 1))
+                yield from products.wait(0)
+                k.free()
+                k.count += 1
+                yield from pass_by(end, rows.blocks)
+            self.done.append((number, group))
+
+    def run(self, seed: int) -> None:
+        """Until everyone has come to an end, under one random schedule."""
+        actors = {"loads K and Q": self.load_queries(), "loads V and dO": self.load_gradients()}
+        actors |= {f"consumer {group}": self.compute_dq(group) for group in range(2)}
+        self.run_actors(actors, seed)
 
 
 def random_blocks(chance: random.Random) -> list[Block]:
@@ -572,8 +843,26 @@ def random_blocks(chance: random.Random) -> list[Block]:
     return blocks
 
 
+def random_rows(chance: random.Random) -> list[Rows]:
+    def part(blocks: int) -> tuple[int, int]:
+        begin = chance.randint(0, blocks)
+        return begin, chance.randint(begin, blocks)
+
+    work = []
+    for _ in range(chance.choice([0, 1, 2, 4])):
+        blocks = chance.choice([0, 1, 2, 3, 5, 8])
+        whole = (0, blocks)
+        # As under a causal mask, in a window, or behind the last query.
+        own = (chance.choice([whole, part(blocks)]), chance.choice([whole, part(blocks)]))
+        work.append(Rows(blocks, own, tail=blocks > 0 and chance.random() < 0.4))
+    return work
+
+
 def test_no_tile_of_the_table_hangs_or_races(planner: Any) -> None:
     for row, tile in enumerate(planner.backward_tiles()):
+        if tile.split == BY_GRADIENTS:
+            gradients_neither_hang_nor_race(tile.q_stages, tile.k_stages, tile.v_stages, trials=40)
+            continue
         panels = -(-tile.head_dim // 64)
         for trial in range(40):
             chance = random.Random(1000 * row + trial)
@@ -591,6 +880,25 @@ def test_no_tile_of_the_table_hangs_or_races(planner: Any) -> None:
             thread_block.run(trial)
             pieces = (panels if shape.split == BY_COLUMNS else 2) * shape.dq_pieces
             assert len(thread_block.added) == pieces * sum(block.steps for block in blocks)
+
+
+def gradients_neither_hang_nor_race(
+    stages: int, k_stages: int, v_stages: int, *, trials: int
+) -> None:
+    for trial in range(trials):
+        chance = random.Random(trial)
+        ThreadBlock(Shape(BY_GRADIENTS, stages, stages), random_blocks(chance)).run(trial)
+        work = random_rows(chance)
+        thread_block = QueryThreadBlock(k_stages, v_stages, work)
+        thread_block.run(trial)
+        assert sorted(thread_block.done) == [(n, g) for n in range(len(work)) for g in range(2)]
+
+
+@pytest.mark.parametrize(("stages", "k_stages", "v_stages"), [(2, 2, 1), (3, 3, 2), (4, 4, 3)])
+def test_kernels_of_a_gradient_each_neither_hang_nor_race(
+    stages: int, k_stages: int, v_stages: int
+) -> None:
+    gradients_neither_hang_nor_race(stages, k_stages, v_stages, trials=200)
 
 
 @pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
@@ -615,6 +923,19 @@ def test_one_stage_of_q_hangs(split: int) -> None:
         ThreadBlock(Shape(split, q_stages=1, do_stages=2, panels=4), [block]).run(0)
 
 
+def test_one_stage_of_the_gradient_hangs_where_rows_of_others_are_cleared() -> None:
+    # They are in the next step's Q and dO, before dV of this one lets go of its dO.
+    block = Block(tails=(False, True), key_tail=False)
+    with pytest.raises(HangError):
+        ThreadBlock(Shape(BY_GRADIENTS, q_stages=1, do_stages=1), [block]).run(0)
+
+
+def test_one_stage_of_k_hangs() -> None:
+    # Scores of the next block are asked for before dQ of this one lets go of its K.
+    with pytest.raises(HangError):
+        QueryThreadBlock(1, 1, [Rows(2, ((0, 2), (0, 2)), tail=False)]).run(0)
+
+
 @pytest.mark.parametrize(
     ("split", "flaw"),
     [
@@ -628,17 +949,47 @@ def test_one_stage_of_q_hangs(split: int) -> None:
         (BY_COLUMNS, "frees K before dQ"),
         (BY_COLUMNS, "makes P before the other has read the last"),
         (BY_COLUMNS, "lets go of dQ before it is read"),
+        (BY_GRADIENTS, "hands P over before it is whole"),
+        (BY_GRADIENTS, "does not wait for P"),
+        (BY_GRADIENTS, "reads what the other clears"),
+        (BY_GRADIENTS, "frees Q before it has read P"),
+        (BY_GRADIENTS, "frees Q before dK"),
+        (BY_GRADIENTS, "frees dO before dV"),
+        (BY_GRADIENTS, "frees K before S"),
+        (BY_GRADIENTS, "frees V before dP"),
     ],
 )
 def test_the_model_tells_what_would_go_wrong(split: int, flaw: str) -> None:
-    shape = Shape(split, q_stages=3, do_stages=2, panels=4)
+    shape = Shape(split, q_stages=3, do_stages=3 if split == BY_GRADIENTS else 2, panels=4)
     blocks = [Block((False, True, False, True, False), key_tail=True), Block((False,) * 3, False)]
+    assert is_found(lambda: ThreadBlock(shape, 2 * blocks, flaw), RaceError)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "error"),
+    [
+        ("frees K before dQ", RaceError),
+        ("frees V before dP", RaceError),
+        ("frees dO before dP", RaceError),
+        ("reads what the other clears", RaceError),
+        ("passes by what is not there yet", HangError),
+        ("does not clear what it passes by", HangError),
+    ],
+)
+def test_the_model_of_dq_tells_what_would_go_wrong(flaw: str, error: type[Exception]) -> None:
+    causal = Rows(6, ((0, 5), (0, 6)), tail=True)
+    window = Rows(5, ((0, 3), (2, 5)), tail=False)
+    assert is_found(lambda: QueryThreadBlock(2, 1, 2 * [causal, window], flaw), error)
+
+
+def is_found(make: Callable[[], ThreadBlock | QueryThreadBlock], error: type[Exception]) -> bool:
+    """Whether some schedule leads to an error."""
     for seed in range(300):
         try:
-            ThreadBlock(shape, 2 * blocks, flaw).run(seed)
-        except RaceError:
-            return
-    pytest.fail("nothing was found")
+            make().run(seed)
+        except error:
+            return True
+    return False
 
 
 def finishes_in_turns(*, resident: int, causal: bool, draws_first: bool) -> bool:

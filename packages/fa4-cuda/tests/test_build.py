@@ -36,21 +36,57 @@ def of_kernel(name: str, reports: list[Any]) -> list[Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def sass(kernels: Path) -> list[str]:
+def sass_in(binary: Path) -> list[str]:
     """The instructions of every kernel, after a line with its name."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("needs cuobjdump")
-    command = [cuobjdump, "--dump-sass", str(kernels)]
+    command = [cuobjdump, "--dump-sass", str(binary)]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dump.split("Function :")[1:]
+
+
+@pytest.fixture(scope="module")
+def sass(kernels: Path) -> list[str]:
+    """The instructions of every kernel."""
+    return sass_in(kernels)
+
+
+WIDE = CSRC / "backward_d256.cu"
+
+
+@pytest.fixture(scope="module")
+def wide(build_kernels: ModuleType) -> Any:
+    """The variant with a kernel for dQ of wide heads, whose launches overlap; one file of it."""
+    if build_kernels.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    variant = build_kernels.Variant(("FA4_OVERLAP_LAUNCHES", "FA4_WIDE_DQ_KERNEL"))
+    build_kernels.compile_sources([WIDE], variant=variant)
+    return variant
+
+
+@pytest.fixture(scope="module")
+def wide_sass(wide: Any, build_kernels: ModuleType) -> list[str]:
+    """The instructions of its kernels."""
+    return sass_in(build_kernels.object_of(WIDE, wide))
 
 
 def sass_of(name: str, sass: list[str]) -> list[str]:
     found = [text for text in sass if name in text.split("\n", 1)[0]]
     assert found
     return found
+
+
+BY_GRADIENTS = 2
+"""The split of tiles whose dQ has a kernel of its own."""
+
+
+@pytest.fixture(scope="module")
+def summing_sass(sass: list[str], planner: Any) -> list[str]:
+    """The instructions of the backward's main kernels that sum dQ."""
+    tiles = enumerate(planner.backward_tiles())
+    names = [f"backward_kernelILi{row}E" for row, tile in tiles if tile.split != BY_GRADIENTS]
+    return [text for name in names for text in sass_of(name, sass)]
 
 
 MAY_SPILL = [f"backward_kernelILi{tile}E" for tile in (4, 5)]
@@ -66,8 +102,8 @@ def test_no_kernel_spills(reports: list[Any]) -> None:
         assert report.spill_bytes <= 128
 
 
-def test_steps_of_the_backward_touch_no_spilled_register(sass: list[str]) -> None:
-    for text in sass_of("backward_kernel", sass):
+def test_steps_of_the_backward_touch_no_spilled_register(summing_sass: list[str]) -> None:
+    for text in summing_sass:
         lines = text.split("\n")
         # From the first product of a step's dQ to the last: the steady loop, and what follows it.
         products = [i for i, line in enumerate(lines) if "HGMMA" in line and ".tnspA" in line]
@@ -77,15 +113,20 @@ def test_steps_of_the_backward_touch_no_spilled_register(sass: list[str]) -> Non
 
 def test_every_tile_is_compiled_for_both_types(reports: list[Any], planner: Any) -> None:
     assert len(of_kernel("forward_kernel", reports)) == 2 * len(planner.tiles())
-    assert len(of_kernel("backward_kernel", reports)) == 2 * len(planner.backward_tiles())
+    tiles = planner.backward_tiles()
+    assert len(of_kernel("backward_kernel", reports)) == 2 * len(tiles)
+    with_dq_kernel = [tile for tile in tiles if tile.split == BY_GRADIENTS]
+    found = [report for report in reports if "backward_query_kernel" in report.name]
+    assert len(found) == 2 * len(with_dq_kernel)
 
 
 def test_every_head_dim_of_the_backward_has_its_rows_prepared_and_finished(
     reports: list[Any], planner: Any
 ) -> None:
-    head_dims = {tile.head_dim for tile in planner.backward_tiles()}
-    for kernel in ("backward_prepare", "backward_finish"):
-        assert len(of_kernel(kernel, reports)) == 2 * len(head_dims)
+    tiles = planner.backward_tiles()
+    summed = {tile.head_dim for tile in tiles if tile.split != BY_GRADIENTS}
+    assert len(of_kernel("backward_prepare", reports)) == 2 * len({t.head_dim for t in tiles})
+    assert len(of_kernel("backward_finish", reports)) == 2 * len(summed)
 
 
 def test_registers_of_a_thread_block_fit_the_multiprocessor(reports: list[Any]) -> None:
@@ -135,9 +176,70 @@ def test_nothing_goes_through_local_memory(sass: list[str]) -> None:
         (r"MAX_?\S*NAN|MNMX\S*NAN", "gradients that come out NaN are noticed"),
     ],
 )
-def test_instructions_of_the_backward(sass: list[str], instruction: str, purpose: str) -> None:
-    for text in sass_of("backward_kernel", sass):
+def test_instructions_of_the_backward(
+    summing_sass: list[str], instruction: str, purpose: str
+) -> None:
+    for text in summing_sass:
         assert re.search(instruction, text), f"{purpose}: {text.split(chr(10), 1)[0]}"
+
+
+def test_wide_kernels_neither_spill_nor_serialise(wide: Any, build_kernels: ModuleType) -> None:
+    text = build_kernels.ptxas_output(WIDE, wide)
+    assert not re.findall(r"C75[12]\d", text)
+    reports = build_kernels.parse_ptxas(text)
+    # Two masks and two types of each.
+    assert len(of_kernel("backward_kernel", reports)) == 4
+    assert len(of_kernel("backward_query_kernel", reports)) == 4
+    for report in reports:
+        assert (report.registers, report.spill_bytes, report.stack_bytes) == (168, 0, 0), report
+
+
+WIDE_PRODUCT = r"HGMMA\.64x256x16\S* R\d+, "
+
+
+@pytest.mark.parametrize(
+    ("instruction", "purpose"),
+    [
+        (
+            WIDE_PRODUCT + r"R\d+, gdesc\[UR\d+\]\.tnspB, R",
+            "dQ, dK and dV take dS and P as registers",
+        ),
+        (r"HGMMA\.64x64x16\S* R\d+, gdesc\[UR\d+\], ", "S and dP read rows"),
+        (r"UTMALDG\.4D", "tiles come by the copy engine"),
+        (r"UBLKCP\.S\.G", "and so do lse and delta"),
+        (r"USETMAXREG", "registers go to who computes"),
+        (r"ACQBULK", "the kernel ahead is waited for"),
+        (r"MAX_?\S*NAN|MNMX\S*NAN", "gradients that come out NaN are noticed"),
+    ],
+)
+def test_instructions_of_wide_kernels(wide_sass: list[str], instruction: str, purpose: str) -> None:
+    for text in wide_sass:
+        assert re.search(instruction, text), f"{purpose}: {text.split(chr(10), 1)[0]}"
+
+
+def test_wide_kernels_sum_nothing_in_memory_and_read_no_operand_twice(wide_sass: list[str]) -> None:
+    for text in wide_sass:
+        assert not re.search(r"REDG\S*F32|UBLKRED|STSM|\.tnspA|\b(LDL|STL)\b", text)
+        # No wide product from shared memory alone.
+        assert not re.search(WIDE_PRODUCT + "gdesc", text)
+
+
+def test_probabilities_are_made_under_a_wide_product(wide_sass: list[str]) -> None:
+    """Behind its issue and the wait for S, before the wait for itself."""
+    for text in wide_sass:
+        under = [
+            words.split("DEPBAR.LE gsb0, 0x0", 1)[0]
+            for words in re.split(r"HGMMA\.64x256x16[^\n]*gsb0[^\n]*\n", text)[1:]
+        ]
+        making = [words for words in under if "DEPBAR.LE gsb0, 0x1" in words.split("MUFU", 1)[0]]
+        assert making
+        # All 32; of dQ a few may be left, which are not needed before dP.
+        assert all(words.count("MUFU.EX2") >= 24 for words in making)
+
+
+def test_next_kernels_may_begin_before_dk_and_dv_are_done(wide_sass: list[str]) -> None:
+    for text in sass_of("backward_kernel", wide_sass):
+        assert text.index("ACQBULK") < text.index("PREEXIT") < text.index("HGMMA")
 
 
 def test_library_is_small(kernels: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 OK, INVALID, HEAD_DIM, STRIDE, SIZE = 0, 1, 2, 3, 4
 FULL, CAUSAL, WINDOW = 0, 1, 2
 HEAD_DIMS = (64, 96, 128, 192, 256)
+BY_GRADIENTS = 2
+"""The split of tiles whose dQ has a kernel of its own."""
 
 
 def tile_of(planner: Any, **call: Any) -> Any:
@@ -214,7 +216,7 @@ def test_table_of_the_backward_has_every_head_dim_and_mask(planner) -> None:
 
 def test_tiles_of_the_backward_fit_shared_memory_and_the_rows_of_workspaces(planner) -> None:
     for tile in planner.backward_tiles():
-        assert tile.shared_bytes <= 227 * 1024
+        assert max(tile.shared_bytes, tile.query_shared_bytes) <= 227 * 1024
         assert 128 % tile.block_m == 0
 
 
@@ -302,10 +304,12 @@ def test_the_workspace_is_one_dq_and_two_numbers_a_row(
     plan = planner.plan_backward(
         head_dim=head_dim, heads_k=heads_k, seq_q=seq, seq_k=4096, deterministic=deterministic
     )[1]
+    if planner.backward_tiles()[plan.tile].split == BY_GRADIENTS:
+        head_dim = 0  # nothing is summed
     assert plan.workspace_bytes >= 2 * 16 * seq * (head_dim + 2) * 4
     # In whole tiles; and beside it, where sums are to be in order, whose turn it is.
     rows = 2 * 16 * -(-seq // 128) * 128
-    columns = min(d for d in HEAD_DIMS if d >= head_dim)
+    columns = min(d for d in (0, *HEAD_DIMS) if d >= head_dim)
     turns = rows // 64 * -(-columns // 64) * deterministic
     assert plan.workspace_bytes <= (rows * (columns + 2) + turns) * 4 + 128
 
@@ -408,3 +412,50 @@ def test_a_forward_that_no_backward_follows_may_be_of_any_number_of_sequences(pl
 def test_workspaces_of_the_backward_may_exceed_32_bits(planner) -> None:
     plan = planner.plan_backward(batch=64, seq_q=2**16, heads_q=64)[1]
     assert plan.workspace_bytes >= 64 * 2**16 * 64 * (128 + 2) * 4
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("mask", [{}, {"causal": 1}, {"window_left": 100}])
+def test_a_grid_is_planned_for_dq_where_it_has_a_kernel(
+    planner, head_dim: int, mask: dict[str, int]
+) -> None:
+    plan = planner.plan_backward(head_dim=head_dim, **mask)[1]
+    has_kernel = planner.backward_tiles()[plan.tile].split == BY_GRADIENTS
+    assert (plan.query_grid > 0) == has_kernel
+
+
+@pytest.mark.parametrize("head_dim", [136, 192, 200, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": 1}, {"window_left": 100}])
+@pytest.mark.parametrize("seq", [1, 128, 129, 1024])
+def test_a_kernel_for_dq_takes_its_queries_128_at_a_time(
+    wide_planner, head_dim: int, mask: dict[str, int], seq: int
+) -> None:
+    few = {"batch": 1, "heads_q": 6, "heads_k": 2}
+    for sequences in ({"seq_q": seq}, packed(batch=1, seq_q=seq)):
+        plan = wide_planner.plan_backward(head_dim=head_dim, **{**few, **mask, **sequences})[1]
+        assert plan.query_grid == min(132, -(-seq // 128) * 6)
+
+
+def test_where_dq_has_a_kernel_the_workspace_is_two_numbers_a_row(wide_planner) -> None:
+    call = {"head_dim": 256, "seq_q": 1000, "seq_k": 4096}
+    bytes_of = [
+        wide_planner.plan_backward(deterministic=asked, **call)[1].workspace_bytes
+        for asked in (0, 1)
+    ]
+    assert bytes_of == [2 * 16 * 1024 * 2 * 4 + 128] * 2
+
+
+def test_a_kernel_for_dq_is_launched_without_keys_too(wide_planner) -> None:
+    status, plan = wide_planner.plan_backward(head_dim=256, seq_q=1024, seq_k=0)
+    assert (status, plan.grid, plan.query_grid) == (OK, 0, 132)
+    assert wide_planner.plan_backward(head_dim=256, seq_q=0, seq_k=64)[1].query_grid == 0
+
+
+def test_only_tiles_of_wide_heads_have_a_kernel_for_dq_if_any(planner, wide_planner) -> None:
+    for number, tile in enumerate(wide_planner.backward_tiles()):
+        assert (tile.split == BY_GRADIENTS) == (tile.head_dim > 128)
+        assert (tile.query_shared_bytes > 0) == (tile.head_dim > 128)
+        assert max(tile.shared_bytes, tile.query_shared_bytes) <= 227 * 1024
+        other = planner.backward_tiles()[number]
+        assert (other.head_dim, other.mask) == (tile.head_dim, tile.mask)
+        assert bytes(other) == bytes(tile) or tile.head_dim > 128

@@ -225,3 +225,33 @@ def test_a_file_that_changes_while_it_is_compiled_is_compiled_again(
     os.utime(source)
     build_kernels._compile(Path("nvcc"), source, "nvcc 13")
     assert build_kernels._is_current(source, "nvcc 13")
+
+
+def test_a_variant_is_compiled_beside_what_is_shipped(
+    build_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources, build = tmp_path / "csrc", tmp_path / "build"
+    sources.mkdir()
+    source = sources / "one.cpp"
+    source.write_text("int x;")
+    commands: list[list[str]] = []
+
+    def compile_it(command: list[str]) -> str:
+        commands.append(command)
+        if "-c" in command:
+            Path(command[command.index("-o") + 1]).touch()
+            Path(command[command.index("-MF") + 1]).write_text(f"one.o: {source}")
+        return ""
+
+    for name, value in {"SOURCES": sources, "BUILD": build, "_run": compile_it}.items():
+        monkeypatch.setattr(build_kernels, name, value)
+    monkeypatch.setattr(build_kernels, "find_nvcc", lambda: Path("nvcc"))
+    variant = build_kernels.Variant(("ONE", "TWO"))
+    assert build_kernels.compile_sources([source], variant=variant) == [source]
+    assert {"-DONE", "-DTWO"} <= set(commands[-1])
+    assert build_kernels.compile_sources([source], variant=variant) == []
+    assert variant.library.parent == build / "ONE+TWO"
+    # What is shipped is not there yet, and knows nothing of these names.
+    assert build_kernels.compile_sources([source]) == [source]
+    assert not {"-DONE", "-DTWO"} & set(commands[-1])
+    assert build_kernels.SHIPPED.library == build_kernels.LIBRARY

@@ -136,7 +136,7 @@ class BackwardPlan(ctypes.Structure):
         ("tile", ctypes.c_int32),
         ("grid", ctypes.c_int32),
         ("deterministic", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("query_grid", ctypes.c_int32),
         ("workspace_bytes", ctypes.c_int64),
     )
 

@@ -125,8 +125,8 @@ typedef struct fa4_backward_plan {
   int32_t tile;  // row of the tile table
   int32_t grid;  // thread blocks
   int32_t deterministic;
-  int32_t reserved;
-  int64_t workspace_bytes;  // fp32 dQ, two numbers a row, counters; in whole tiles
+  int32_t query_grid;  // of dQ's own kernel, where the main kernel does not sum dQ; else 0
+  int64_t workspace_bytes;  // fp32 dQ if it is summed, two numbers a row, counters; in whole tiles
 } fa4_backward_plan;
 
 // A row of the tile table.
@@ -137,10 +137,11 @@ typedef struct fa4_forward_tile {
 // A row of the backward's.
 typedef struct fa4_backward_tile {
   int32_t head_dim, mask;
-  int32_t split;  // 0: the warp groups divide the keys; 1: the columns
+  int32_t split;  // 0: the warp groups divide the keys; 1: the columns; 2: a gradient each
   int32_t block_m, block_n, q_stages, do_stages;
   int32_t dq_direct, dq_staged;  // of the eight chunks of a panel of dQ
-  int32_t shared_bytes;
+  int32_t k_stages, v_stages;    // of dQ's own kernel; 0 if there is none
+  int32_t shared_bytes, query_shared_bytes;
 } fa4_backward_tile;
 
 FA4_API int fa4_abi_version(void);

@@ -1,9 +1,11 @@
 // The backward's main kernel: one producer warp group, two consumers, as many thread blocks as
-// multiprocessors.
+// multiprocessors. Where dQ has a kernel of its own this one computes dK and dV alone.
 #pragma once
 
 #include "backward_by_columns.cuh"
 #include "backward_by_keys.cuh"
+#include "backward_wide_keys.cuh"
+#include "overlap.cuh"
 
 namespace fa4 {
 
@@ -40,6 +42,9 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
   const BackwardLayout<kTileIndex> layout(ptx::shared_address(dynamic_shared));
   if (threadIdx.x == 0) layout.init_barriers();
   __syncthreads();
+  await_earlier_kernel();
+  // Behind that: dQ's own kernel, if it comes next, needs the one before this to have ended.
+  let_next_kernel_begin();
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);
   if (warpgroup == 0) {
@@ -49,16 +54,22 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     } else if (threadIdx.x == 32) {
       produce_backward<Supply::kGradients>(params, layout);
     } else if (threadIdx.x >= 64) {
-      take_dq_away(params, layout, (threadIdx.x >> 5) - 2);
+      if constexpr (!kTile.has_dq_kernel()) take_dq_away(params, layout, (threadIdx.x >> 5) - 2);
     }
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();
     if constexpr (kTile.split == Split::kKeys) {
       consume_by_keys<kTileIndex, kElement>(params, layout, warpgroup - 1);
+    } else if constexpr (kTile.split == Split::kColumns) {
+      if (warpgroup == 1) {
+        consume_by_columns<kTileIndex, kElement, 0>(params, layout);
+      } else {
+        consume_by_columns<kTileIndex, kElement, 1>(params, layout);
+      }
     } else if (warpgroup == 1) {
-      consume_by_columns<kTileIndex, kElement, 0>(params, layout);
+      compute_dv<kTileIndex, kElement>(params, layout);
     } else {
-      consume_by_columns<kTileIndex, kElement, 1>(params, layout);
+      compute_dk<kTileIndex, kElement>(params, layout);
     }
   }
 }

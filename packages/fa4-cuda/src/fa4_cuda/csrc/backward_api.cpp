@@ -10,18 +10,18 @@
 namespace fa4 {
 namespace {
 
-BackwardLauncher launcher_of(int tile, Element element) {
+BackwardKernels kernels_of(int tile, Element element) {
   switch (kBackwardTiles[tile].head_dim) {
     case 64:
-      return backward_launcher<64>(tile, element);
+      return backward_kernels<64>(tile, element);
     case 96:
-      return backward_launcher<96>(tile, element);
+      return backward_kernels<96>(tile, element);
     case 128:
-      return backward_launcher<128>(tile, element);
+      return backward_kernels<128>(tile, element);
     case 192:
-      return backward_launcher<192>(tile, element);
+      return backward_kernels<192>(tile, element);
     default:
-      return backward_launcher<256>(tile, element);
+      return backward_kernels<256>(tile, element);
   }
 }
 
@@ -49,9 +49,18 @@ int make_tensor_maps(BackwardParams& params, const fa4_backward_args& args,
   return status;
 }
 
-// Key heads whose blocks are worked on side by side, longest first: as many as have what all their
-// blocks share, Q, dO and the sums of dQ, in L2 (50 MB). Without a mask blocks are equal, and those
-// of one head follow each other.
+// How many heads have what all blocks of one share in L2 (50 MB).
+int heads_in_l2(int64_t head_bytes) {
+  constexpr int64_t kSectionBytes = 32 << 20, kSectionHeads = 16;
+  return static_cast<int>(std::clamp<int64_t>(kSectionBytes / head_bytes, 1, kSectionHeads));
+}
+
+int group_of(const fa4_backward_args& args) {
+  return args.heads_k == 0 ? 1 : args.heads_q / args.heads_k;
+}
+
+// Key heads whose blocks are worked on side by side, longest first: as many as have Q, dO and the
+// sums of dQ in L2. Without a mask blocks are equal, and those of one head follow each other.
 //
 // Where they take turns, a block of a head can only begin when the one before it has done its first
 // step, so there are as many heads as it takes for all thread blocks to begin at once.
@@ -59,14 +68,31 @@ int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mas
                const fa4_backward_plan& plan) {
   if (mask == Mask::kFull) {
     const int n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
-    return plan.deterministic ? (plan.grid + n_blocks - 1) / n_blocks : 1;
+    return takes_turns(plan) ? (plan.grid + n_blocks - 1) / n_blocks : 1;
   }
-  constexpr int64_t kSectionBytes = 32 << 20, kSectionHeads = 16;
-  const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} *
-                             std::max(1, args.heads_q / args.heads_k) *
-                             tile.head_dim * (2 * kElementBytes + 4);
-  return static_cast<int>(
-      std::clamp<int64_t>(kSectionBytes / head_bytes, 1, kSectionHeads));
+  const int sum_bytes = tile.has_dq_kernel() ? 0 : 4;
+  return heads_in_l2(int64_t{std::max(1, args.seq_q)} * std::max(1, group_of(args)) *
+                     tile.head_dim * (2 * kElementBytes + sum_bytes));
+}
+
+// The same of query heads in dQ's own kernel, whose blocks share K and V, as do those of a group.
+int query_section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mask) {
+  if (mask == Mask::kFull) return 1;
+  const int64_t heads = int64_t{group_of(args)} * heads_in_l2(int64_t{std::max(1, args.seq_k)} *
+                                                              tile.head_dim * 2 * kElementBytes);
+  return static_cast<int>(std::min(heads, int64_t{args.heads_q} * args.batch));
+}
+
+// What dQ's own kernel is launched with: its tiles are blocks of queries.
+BackwardParams for_queries(BackwardParams params, const fa4_backward_args& args,
+                           const BackwardTile& tile, Mask mask) {
+  constexpr int kRows = BackwardTile::kQueryRows;
+  params.n_blocks = (args.seq_q + kRows - 1) / kRows;
+  params.section = query_section_of(args, tile, mask);
+  params.last_block_first = mask != Mask::kFull;
+  params.tiles = params.n_blocks * args.heads_q * args.batch;
+  params.next_tile = params.next_query_tile;
+  return params;
 }
 
 int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
@@ -104,7 +130,7 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
   params.negative_lse = reinterpret_cast<float*>(memory + workspace.negative_lse);
   params.delta = reinterpret_cast<float*>(memory + workspace.delta);
   params.nan_keys = reinterpret_cast<int*>(memory + workspace.nan_keys);
-  params.turns = plan.deterministic ? reinterpret_cast<int*>(memory + workspace.turns) : nullptr;
+  params.turns = takes_turns(plan) ? reinterpret_cast<int*>(memory + workspace.turns) : nullptr;
   params.workspace_rows = workspace_rows(args);
   params.cu_seqlens_q = args.cu_seqlens_q;
   params.cu_seqlens_k = args.cu_seqlens_k;
@@ -113,7 +139,7 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
   params.batch = args.batch;
   params.heads_q = args.heads_q;
   params.heads_k = args.heads_k;
-  params.heads_per_group = args.heads_k == 0 ? 1 : args.heads_q / args.heads_k;
+  params.heads_per_group = group_of(args);
   params.head_dim = args.head_dim;
   params.window_left = window.left;
   params.window_right = window.right;
@@ -126,19 +152,27 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
     // Tiles differ in length under a mask: whoever is free draws the next. The counter is zeroed
     // with the rows of the queries.
     const bool draws =
-        queries && (packed || window.mask != Mask::kFull || plan.deterministic);
-    params.next_tile = draws ? reinterpret_cast<int*>(memory + workspace.next_tile) : nullptr;
-    params.last_block_first = plan.deterministic && window.mask != Mask::kFull;
+        queries && (packed || window.mask != Mask::kFull || takes_turns(plan));
+    const auto counter = [&](int64_t place) {
+      return draws ? reinterpret_cast<int*>(memory + place) : nullptr;
+    };
+    params.next_tile = counter(workspace.next_tile);
+    params.next_query_tile = counter(workspace.next_query_tile);
+    params.last_block_first = takes_turns(plan) && window.mask != Mask::kFull;
     const int status = make_tensor_maps(params, args, tile);
     if (status != FA4_OK) return status;
   }
 
+  const BackwardKernels kernels = kernels_of(plan.tile, element);
   cudaError_t error = cudaSuccess;
   if (queries) error = launch_backward_prepare(params, tile.head_dim, element, stream);
-  if (error == cudaSuccess && plan.grid > 0)
-    error = launcher_of(plan.tile, element)(params, plan.grid, stream);
-  if (error == cudaSuccess && queries)
-    error = launch_backward_finish(params, tile.head_dim, element, stream);
+  if (error == cudaSuccess && plan.grid > 0) error = kernels.main(params, plan.grid, stream);
+  if (error == cudaSuccess && queries) {
+    error = tile.has_dq_kernel()
+                ? kernels.queries(for_queries(params, args, tile, window.mask), plan.query_grid,
+                                  stream)
+                : launch_backward_finish(params, tile.head_dim, element, stream);
+  }
   return -error;
 }
 

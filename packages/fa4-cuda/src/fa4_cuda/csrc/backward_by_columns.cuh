@@ -28,7 +28,7 @@ __device__ __forceinline__ void consume_by_columns(const BackwardParams& params,
 
   const auto q_ring = layout.q_ring();
   const auto do_ring = layout.do_ring();
-  TileReader<kTileIndex> tiles;
+  TileReader tiles;
   RingPosition<kTile.q_stages> q_at;
   RingPosition<kTile.do_stages> do_at;
   RingPosition<1> key_at;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
 
   const auto q_ring = layout.q_ring();
   const auto do_ring = layout.do_ring();
-  TileReader<kTileIndex> tiles;
+  TileReader tiles;
   RingPosition<kTile.q_stages> q_at;
   RingPosition<kTile.do_stages> do_at;
   RingPosition<1> key_at;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
         wgmma_commit();
       };
       const auto issue_dq_dk = [&](RingPosition<kTile.q_stages> at) {
-        layout.ds_ring().wait_full(ds_at);
+        layout.exchange_ring().wait_full(ds_at);
         wgmma_fence();
         issue_dq<kElement, kN>(dq, fresh_descriptor(ds_panel + ds_place(), 16),
                                fresh_descriptor(k_panel, 16));
@@ -112,7 +112,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
         store_operand<kM, kN>(layout.exchange + ds_place(), ds, 64 * warpgroup, warp, lane);
         ptx::fence_proxy_async();
         __syncwarp();
-        ptx::mbarrier_arrive_if(layout.ds_ring().full_barrier(ds_at), lane == 0);
+        ptx::mbarrier_arrive_if(layout.exchange_ring().full_barrier(ds_at), lane == 0);
         wgmma_wait<0>();
         pin(dv);
         ptx::mbarrier_arrive_if(do_ring.empty_barrier(do_at), lane == 0);

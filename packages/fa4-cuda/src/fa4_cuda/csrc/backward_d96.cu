@@ -1,3 +1,3 @@
 #include "backward_launch.cuh"
 
-template fa4::BackwardLauncher fa4::backward_launcher<96>(int tile, Element element);
+template fa4::BackwardKernels fa4::backward_kernels<96>(int tile, Element element);

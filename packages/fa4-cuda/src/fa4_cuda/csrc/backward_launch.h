@@ -11,14 +11,19 @@ namespace fa4 {
 using BackwardLauncher = cudaError_t (*)(const BackwardParams& params, int grid,
                                          cudaStream_t stream);
 
+struct BackwardKernels {
+  BackwardLauncher main = nullptr;
+  BackwardLauncher queries = nullptr;  // dQ's own; null where the main kernel sums dQ
+};
+
 // The kernels of one head dim, compiled in backward_d<head_dim>.cu; null for tiles of others.
 template <int kHeadDim>
-BackwardLauncher backward_launcher(int tile, Element element);
+BackwardKernels backward_kernels(int tile, Element element);
 
 // Before the main kernel: row sums of dO * O, lse in base 2, zeros where dQ is summed.
 cudaError_t launch_backward_prepare(const BackwardParams& params, int tile_head_dim,
                                     Element element, cudaStream_t stream);
-// After it: dQ from its sums.
+// After it, where dQ has no kernel of its own: dQ from its sums.
 cudaError_t launch_backward_finish(const BackwardParams& params, int tile_head_dim, Element element,
                                    cudaStream_t stream);
 

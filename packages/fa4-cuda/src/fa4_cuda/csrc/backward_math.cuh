@@ -1,47 +1,16 @@
 // The arithmetic of a backward step between its products, and the ways of dS, dQ, dK and dV.
 //
-// Scores are held transposed: a row is a key, a column a query. A thread has rows `row` and
-// `row + 8` of its warp's sixteen, and columns 8 j and 8 j + 1 from its first, 2 (lane % 4).
+// Scores are held transposed: a row is a key, a column a query; in dQ's own kernel they are not. A
+// thread has rows `row` and `row + 8` of its warp's sixteen, and columns 8 j and 8 j + 1 from its
+// first, 2 (lane % 4).
 #pragma once
 
+#include "backward_mask.cuh"
 #include "backward_pipeline.cuh"
 #include "epilogue.cuh"
-#include "mask.cuh"
 #include "nan_watch.cuh"
 
 namespace fa4 {
-
-// The queries that see a thread's two keys, counted from the thread's first column of query 0.
-template <Mask kMask>
-struct ColumnMask {
-  int begin[2], end[2];
-
-  __device__ __forceinline__ ColumnMask(const BackwardParams& params, const BackwardWork& work,
-                                        int first_key, int lane) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const SeeingQueries<kMask> queries(params, work, first_key + 8 * r);
-      begin[r] = queries.begin - 2 * (lane & 3);
-      end[r] = queries.end - 2 * (lane & 3);
-    }
-  }
-
-  // S^T[64, M] of queries from first_query on: `value` where the query does not see the key.
-  template <int kBlockM>
-  __device__ __forceinline__ void apply(float (&s)[kBlockM / 2], int first_query,
-                                        float value) const {
-    static_assert(kBlockM <= 128, "a thread's columns are the bits of one word");
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t unseen = columns_before(begin[r] - first_query, 0);
-      if constexpr (kMask == Mask::kWindow) unseen |= ~columns_before(end[r] - first_query, 0);
-#pragma unroll
-      for (int i = 0; i < kBlockM / 4; ++i) {
-        if (unseen >> i & 1) s[4 * (i / 2) + 2 * r + i % 2] = value;
-      }
-    }
-  }
-};
 
 // P^T = exp2(scale_log2 * S^T - log2(e) * lse), rounded: the A operand of P^T dO.
 template <Element kElement, int kBlockM>
@@ -122,7 +91,7 @@ __device__ __forceinline__ void clear_rows(uint32_t tile, int first_row, int thr
   ptx::fence_proxy_async();
 }
 
-// S^T[64, M] = K[64, D] Q[M, D]^T, both in shared memory; K of kKeys rows.
+// S^T[64, M] = K[64, D] Q[M, D]^T, both in shared memory; K of kKeys rows. Or S = Q K^T.
 template <Element kElement, int kHeadDim, int kKeys, int kBlockM>
 __device__ __forceinline__ void issue_scores(float (&s)[kBlockM / 2], uint64_t k, uint64_t q) {
 #pragma unroll
@@ -193,8 +162,30 @@ __device__ __forceinline__ void add_dq(const BackwardParams& params,
   }
 }
 
-// dK or dV of a warp group's rows: rounded, 16 bytes a lane. `first_column` of the tensor is the
-// first of x. Whether there is a NaN among them is noted for those who come after.
+// Row r of a thread's two of a gradient: rounded, 16 bytes a lane, if it is `there`. The first of x
+// is column `first_column` of the row.
+template <Element kElement, int kColumns>
+__device__ __forceinline__ void store_row(uint16_t* row, bool there, const float (&x)[kColumns / 2],
+                                          int r, float scale, int first_column, int head_dim,
+                                          int lane, NanWatch<kElement>& watch) {
+#pragma unroll
+  for (int g = 0; g < kColumns / 32; ++g) {
+    uint32_t quad[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 4 * (4 * g + i) + 2 * r;
+      quad[i] = ptx::pack<kElement>(x[at] * scale, x[at + 1] * scale);
+      watch.see(quad[i]);
+    }
+    transpose_quad(quad, lane);
+    const int column = first_column + 32 * g + 8 * (lane & 3);
+    if (there && column < head_dim)
+      *reinterpret_cast<uint4*>(row + column) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
+  }
+}
+
+// dK or dV of a warp group's rows. Whether there is a NaN among them is noted for those who come
+// after.
 template <Element kElement, int kColumns>
 __device__ __forceinline__ void store_gradient(const BackwardParams& params,
                                                const BackwardWork& work, const TensorView& tensor,
@@ -204,23 +195,8 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& params,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + 8 * r;
-    uint16_t* row = static_cast<uint16_t*>(tensor.data) + work.batch * tensor.stride_batch +
-                    static_cast<int64_t>(work.k_start + key) * tensor.stride_seq +
-                    work.key_head * tensor.stride_head;
-#pragma unroll
-    for (int g = 0; g < kColumns / 32; ++g) {
-      uint32_t quad[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (4 * g + i) + 2 * r;
-        quad[i] = ptx::pack<kElement>(x[at] * scale, x[at + 1] * scale);
-        watch.see(quad[i]);
-      }
-      transpose_quad(quad, lane);
-      const int column = first_column + 32 * g + 8 * (lane & 3);
-      if (key < work.seq_k && column < params.head_dim)
-        *reinterpret_cast<uint4*>(row + column) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
-    }
+    store_row<kElement, kColumns>(work.key(tensor, key, work.key_head), key < work.seq_k, x, r,
+                                  scale, first_column, params.head_dim, lane, watch);
   }
   if (watch.found()) *params.nan_keys = 1;
 }

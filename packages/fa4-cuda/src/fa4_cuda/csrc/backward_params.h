@@ -15,7 +15,7 @@ struct BackwardParams {
   float* delta;         // row sums of dO * O
   float* dq_sums;       // in the order of accumulators (dq_panel)
   int* turns;           // of every block of dQ: how many thread blocks have added; or null
-  int* nan_keys;        // whether a row of dK or dV came out NaN
+  int* nan_keys;        // whether a row of dK or dV came out NaN; of use where dQ is summed
   int64_t workspace_rows;  // of a head of a sequence; of all sequences if they are packed
   const int* cu_seqlens_q;  // [batch + 1], null if dense
   const int* cu_seqlens_k;
@@ -27,11 +27,13 @@ struct BackwardParams {
   int window_left, window_right;
   float scale;
   float scale_log2;  // scale * log2(e), never zero
-  int n_blocks;      // of the longest sequence
-  int section;       // key heads whose blocks of keys are worked on side by side
+  // The order of tiles: blocks of keys; of queries in dQ's own kernel.
+  int n_blocks;  // of the longest sequence
+  int section;   // heads whose blocks are worked on side by side
   int last_block_first;
-  int tiles;       // blocks of keys of all key heads of all sequences
+  int tiles;       // blocks of all heads of all sequences
   int* next_tile;  // drawn so far, beyond the first of each thread block; null: they are dealt out
+  int* next_query_tile;  // the same of dQ's own kernel
 };
 
 }  // namespace fa4

@@ -15,7 +15,7 @@ struct BackwardLayout {
   using DoRing = Ring<kTile.do_stages>;
   using KeyRing = Ring<1>;
   using TileRing = Ring<2>;
-  using DsRing = Ring<2>;
+  using ExchangeRing = Ring<kTile.exchange_slots()>;
 
   uint32_t k, v, q, grad_out, exchange, dq, negative_lse, delta, tiles, barriers;
 
@@ -46,13 +46,14 @@ struct BackwardLayout {
     return TileRing(v_ring().full + KeyRing::kBytes);
   }
 
-  // Of dS where the warp groups share keys. Who writes knows by its own dQ that a place is free.
-  __device__ __forceinline__ DsRing ds_ring() const {
-    return DsRing(tile_ring().full + TileRing::kBytes);
+  // Of dS where the warp groups share keys: who writes knows by its own dQ that a place is free. Of
+  // P where they have a gradient each: it is free when the stage of Q is that P is made of.
+  __device__ __forceinline__ ExchangeRing exchange_ring() const {
+    return ExchangeRing(tile_ring().full + TileRing::kBytes);
   }
 
   static_assert(16 + QRing::kBytes + DoRing::kBytes + 2 * KeyRing::kBytes + TileRing::kBytes +
-                    DsRing::kBytes <=
+                    ExchangeRing::kBytes <=
                 256);
   static_assert(kTile.shared_bytes() <= kMaxSharedBytes);
   static_assert(kRowAlignment % kTile.block_m == 0);
@@ -60,13 +61,16 @@ struct BackwardLayout {
   // By one thread, before anyone else looks.
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kWarps = 4 * BackwardTile::kWarpgroups;
+    // Where each warp group has a gradient one reads K and writes P, the other reads V.
+    constexpr int kSharers = kTile.has_dq_kernel() ? kWarps / 2 : kWarps;
     q_ring().init(kWarps);
     do_ring().init(kWarps);
-    k_ring().init(kWarps);
-    v_ring().init(kWarps);
-    for (int i = 0; i < 2; ++i) ptx::mbarrier_init(ds_ring().full + 8 * i, kWarps);
+    k_ring().init(kSharers);
+    v_ring().init(kSharers);
+    for (int i = 0; i < kTile.exchange_slots(); ++i)
+      ptx::mbarrier_init(exchange_ring().full + 8 * i, kSharers);
     // Who reads them: the consumers, who fetches dO, and who takes dQ away.
-    tile_ring().init(kWarps + 1 + BackwardTile::kWarpgroups);
+    tile_ring().init(kWarps + 1 + (kTile.has_dq_kernel() ? 0 : BackwardTile::kWarpgroups));
     ptx::fence_mbarrier_init();
     ptx::fence_proxy_async();
   }
@@ -83,11 +87,9 @@ constexpr int kDqThreads = 128 + 32;  // a warp group and the warp that takes it
 
 // The next tile to work on, as the thread that fetches Q has drawn it. For a warp, or for the one
 // thread of it that runs.
-template <int kTileIndex>
 class TileReader {
  public:
-  using Layout = BackwardLayout<kTileIndex>;
-
+  template <class Layout>
   __device__ __forceinline__ int next(const Layout& layout) {
     const auto ring = layout.tile_ring();
     ring.wait_full(at_);
@@ -101,6 +103,42 @@ class TileReader {
  private:
   RingPosition<2> at_;
 };
+
+// What the thread that fetches Q does besides: it draws tiles, for everybody. Calls load(tile).
+template <class Layout, class Load>
+__device__ __forceinline__ void deal_tiles(const BackwardParams& params, const Layout& layout,
+                                           const Load& load) {
+  const auto tile_ring = layout.tile_ring();
+  RingPosition<2> tile_at;
+  // Where thread blocks wait for each other's turns, who is not there yet must own no tile: others
+  // may hold its multiprocessor until it is done.
+  const bool deals_first = params.turns == nullptr || params.next_tile == nullptr;
+  const int dealt = deals_first ? gridDim.x : 0;
+  int tile = deals_first ? blockIdx.x : atomicAdd(params.next_tile, 1);
+#pragma unroll 1
+  while (true) {
+    const bool done = tile >= params.tiles;
+    tile_ring.wait_empty(tile_at);
+    ptx::store_shared_int(layout.tiles + 4 * tile_at.stage(), done ? -1 : tile);
+    ptx::mbarrier_arrive(tile_ring.full_barrier(tile_at));
+    tile_at.advance();
+    if (done) break;
+    load(tile);
+    tile = params.next_tile == nullptr ? tile + gridDim.x
+                                       : atomicAdd(params.next_tile, 1) + dealt;
+  }
+}
+
+// A tile of `rows` rows, panel by panel.
+template <int kPanels>
+__device__ __forceinline__ void load_panels(const CUtensorMap* map, uint32_t tile, int rows,
+                                            uint32_t barrier, int row, int head, int batch) {
+#pragma unroll 1  // few registers rather than few instructions
+  for (int c = 0; c < kPanels; ++c) {
+    ptx::tma_load_4d(tile + c * panel_bytes(rows), map, barrier, c * kPanelColumns, row, head,
+                     batch, ptx::kEvictLast);
+  }
+}
 
 // What one thread keeps coming: K and then Q and lse, or V and then dO and delta.
 enum class Supply { kQueries, kGradients };
@@ -119,15 +157,6 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
     ptx::prefetch_tensor_map(key_map);
     ptx::prefetch_tensor_map(query_map);
   }
-  const auto load_panels = [&](const CUtensorMap* map, uint32_t tile, int rows, uint32_t barrier,
-                               int row, int head, int batch) {
-#pragma unroll 1  // few registers rather than few instructions
-    for (int c = 0; c < kTile.panels(); ++c) {
-      ptx::tma_load_4d(tile + c * panel_bytes(rows), map, barrier, c * kPanelColumns, row, head,
-                       batch, ptx::kEvictLast);
-    }
-  };
-
   const auto key_ring = kQueries ? layout.k_ring() : layout.v_ring();
   const Ring<kStages> ring(kQueries ? layout.q_ring().full : layout.do_ring().full);
   RingPosition<1> key_at;
@@ -139,8 +168,9 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
     if (step.left == 0) return;
     key_ring.wait_empty(key_at);
     ptx::mbarrier_arrive_expect_tx(key_ring.full, kTile.kv_bytes());
-    load_panels(key_map, kQueries ? layout.k : layout.v, kTile.block_n, key_ring.full,
-                work.k_start + work.n_block * kTile.block_n, work.key_head, work.batch);
+    load_panels<kTile.panels()>(key_map, kQueries ? layout.k : layout.v, kTile.block_n,
+                                key_ring.full, work.k_start + work.n_block * kTile.block_n,
+                                work.key_head, work.batch);
     key_at.advance();
     // As QuerySteps goes, in fewer registers.
     int unit = step.unit;
@@ -155,9 +185,9 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
         const uint32_t full = ring.full_barrier(at);
         ring.wait_empty(at);
         ptx::mbarrier_arrive_expect_tx(full, kTile.q_bytes() + Layout::kRowBytes);
-        load_panels(query_map,
-                    (kQueries ? layout.q : layout.grad_out) + at.stage() * kTile.q_bytes(), kM,
-                    full, row, head, work.batch);
+        load_panels<kTile.panels()>(
+            query_map, (kQueries ? layout.q : layout.grad_out) + at.stage() * kTile.q_bytes(), kM,
+            full, row, head, work.batch);
         ptx::bulk_load(
             (kQueries ? layout.negative_lse : layout.delta) + at.stage() * Layout::kRowBytes,
             (kQueries ? params.negative_lse : params.delta) + int64_t{unit} * 64,
@@ -168,27 +198,9 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
   };
 
   if constexpr (kQueries) {
-    const auto tile_ring = layout.tile_ring();
-    RingPosition<2> tile_at;
-    // Where thread blocks wait for each other's turns, who is not there yet must own no tile: others
-    // may hold its multiprocessor until it is done.
-    const bool deals_first = params.turns == nullptr || params.next_tile == nullptr;
-    const int dealt = deals_first ? gridDim.x : 0;
-    int tile = deals_first ? blockIdx.x : atomicAdd(params.next_tile, 1);
-#pragma unroll 1
-    while (true) {
-      const bool done = tile >= params.tiles;
-      tile_ring.wait_empty(tile_at);
-      ptx::store_shared_int(layout.tiles + 4 * tile_at.stage(), done ? -1 : tile);
-      ptx::mbarrier_arrive(tile_ring.full_barrier(tile_at));
-      tile_at.advance();
-      if (done) break;
-      load_tile(tile);
-      tile = params.next_tile == nullptr ? tile + gridDim.x
-                                         : atomicAdd(params.next_tile, 1) + dealt;
-    }
+    deal_tiles(params, layout, load_tile);
   } else {
-    TileReader<kTileIndex> tiles;
+    TileReader tiles;
 #pragma unroll 1
     for (int tile = tiles.next(layout); tile >= 0; tile = tiles.next(layout)) load_tile(tile);
   }
@@ -260,7 +272,7 @@ class DqTaker {
   // use(work, blocks, first unit, units between heads)
   template <class Use>
   __device__ __forceinline__ void for_each_tile(const Use& use) {
-    TileReader<kTileIndex> tiles;
+    TileReader tiles;
 #pragma unroll 1
     for (int tile = tiles.next(layout_); tile >= 0; tile = tiles.next(layout_)) {
       const BackwardWork work(params_, tile);

@@ -42,14 +42,19 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
   const bool packed = args.cu_seqlens_q != nullptr;
   const int64_t rows = workspace_rows(args) * args.heads_q * (packed ? 1 : args.batch);
   BackwardWorkspace workspace;
-  workspace.negative_lse = aligned(rows * tile.head_dim * 4);
+  workspace.negative_lse = tile.has_dq_kernel() ? 0 : aligned(rows * tile.head_dim * 4);
   workspace.delta = workspace.negative_lse + aligned(rows * 4);
   workspace.next_tile = workspace.delta + aligned(rows * 4);
   workspace.nan_keys = workspace.next_tile + 4;
-  workspace.turns = workspace.next_tile + (rows > 0 ? aligned(8) : 0);
+  workspace.next_query_tile = workspace.next_tile + 8;
+  workspace.turns = workspace.next_tile + (rows > 0 ? aligned(12) : 0);
   workspace.bytes =
-      workspace.turns + (plan.deterministic ? aligned(rows / 64 * tile.panels() * 4) : 0);
+      workspace.turns + (takes_turns(plan) ? aligned(rows / 64 * tile.panels() * 4) : 0);
   return workspace;
+}
+
+bool takes_turns(const fa4_backward_plan& plan) {
+  return plan.deterministic && !kBackwardTiles[plan.tile].has_dq_kernel();
 }
 
 fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocessors) {
@@ -58,9 +63,15 @@ fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocesso
   plan.tile =
       choose_tile(args.head_dim, window.mask == Mask::kWindow ? Mask::kWindow : Mask::kCausal);
   plan.deterministic = args.deterministic != 0;
-  const int64_t tiles =
-      ceil_div(args.seq_k, kBackwardTiles[plan.tile].block_n) * args.heads_k * args.batch;
-  plan.grid = static_cast<int32_t>(std::min<int64_t>(tiles, multiprocessors));
+  const BackwardTile& tile = kBackwardTiles[plan.tile];
+  const auto grid = [&](int64_t tiles) {
+    return static_cast<int32_t>(std::min<int64_t>(tiles, multiprocessors));
+  };
+  plan.grid = grid(ceil_div(args.seq_k, tile.block_n) * args.heads_k * args.batch);
+  if (tile.has_dq_kernel()) {
+    plan.query_grid =
+        grid(ceil_div(args.seq_q, BackwardTile::kQueryRows) * args.heads_q * args.batch);
+  }
   plan.workspace_bytes = lay_out_workspace(args, plan).bytes;
   return plan;
 }
@@ -86,6 +97,9 @@ extern "C" int fa4_backward_tile_at(int tile, fa4_backward_tile* result) {
              row.do_stages,
              row.dq_direct,
              row.dq_staged,
-             row.shared_bytes()};
+             row.k_stages,
+             row.v_stages,
+             row.shared_bytes(),
+             row.query_shared_bytes()};
   return FA4_OK;
 }

@@ -33,39 +33,6 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b) {
   return sum;
 }
 
-// Where a sequence lies in the tensors.
-struct Sequence {
-  int number, batch;
-  int q_start, k_start, seq_q, seq_k;
-
-  __device__ __forceinline__ Sequence(const BackwardParams& params, int number)
-      : number(number),
-        batch(number),
-        q_start(0),
-        k_start(0),
-        seq_q(params.seq_q),
-        seq_k(params.seq_k) {
-    if (params.cu_seqlens_q != nullptr) {
-      batch = 0;
-      q_start = params.cu_seqlens_q[number];
-      k_start = params.cu_seqlens_k[number];
-      seq_q = params.cu_seqlens_q[number + 1] - q_start;
-      seq_k = params.cu_seqlens_k[number + 1] - k_start;
-    }
-  }
-
-  __device__ __forceinline__ uint16_t* row(const TensorView& tensor, int64_t row, int head) const {
-    return static_cast<uint16_t*>(tensor.data) + batch * tensor.stride_batch +
-           row * tensor.stride_seq + head * tensor.stride_head;
-  }
-  __device__ __forceinline__ uint16_t* query(const TensorView& tensor, int query, int head) const {
-    return row(tensor, q_start + query, head);
-  }
-  __device__ __forceinline__ uint16_t* key(const TensorView& tensor, int key, int head) const {
-    return row(tensor, k_start + key, head);
-  }
-};
-
 template <Element kElement>
 __device__ __forceinline__ float row_product(const uint16_t* a, const uint16_t* b, int head_dim) {
   float sum = 0.f;
@@ -121,6 +88,24 @@ struct GradientRow {
           make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 };
+
+// Of a warp's sixteen rows, from first_row on, those of which a thread says has_nan(r), one after
+// the other: repair(row). Row r of a thread's two is that of its quad, 8 r further on.
+template <class HasNan, class Repair>
+__device__ __forceinline__ void repair_rows(const HasNan& has_nan, int first_row,
+                                            const Repair& repair) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t quads = __ballot_sync(~0u, has_nan(r));
+    __syncwarp();  // all of a row is written before it is written again
+#pragma unroll 1
+    while (quads != 0) {
+      const int quad = (__ffs(quads) - 1) >> 2;
+      quads &= ~(0xFu << (4 * quad));
+      repair(first_row + quad + 8 * r);
+    }
+  }
+}
 
 // Of rows with NaN: dQ of a query.
 template <Element kElement>

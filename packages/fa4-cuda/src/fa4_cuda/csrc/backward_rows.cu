@@ -2,8 +2,10 @@
 //
 // Before: delta, the row sums of dO * O, and lse in base 2, for all rows that the workspace holds,
 // and zeros where dQ is summed. After: dQ from its sums; and what has come out NaN, once more.
+// Where dQ has a kernel of its own nothing is summed, and whoever has a row with NaN repairs it.
 #include "backward_launch.h"
 #include "backward_repair.cuh"
+#include "overlap.cuh"
 
 namespace fa4 {
 namespace {
@@ -50,18 +52,26 @@ __global__ void __launch_bounds__(kThreads)
     backward_prepare(const __grid_constant__ BackwardParams params) {
   constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   constexpr int kRowsAtOnce = kThreads / kLanes;
+  constexpr bool kSumsDq = !has_dq_kernel(kHeadDim);
+  let_next_kernel_begin();
   const RowUnit unit(params);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (params.next_tile != nullptr) *params.next_tile = 0;
-    *params.nan_keys = 0;
+    if constexpr (kSumsDq) {
+      *params.nan_keys = 0;
+    } else if (params.next_query_tile != nullptr) {
+      *params.next_query_tile = 0;
+    }
   }
   if (!unit.exists()) return;
 
-  auto* sums =
-      reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));
+  if constexpr (kSumsDq) {
+    auto* sums =
+        reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kUnitRows * kHeadDim / 4; i += kThreads)
-    sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int i = threadIdx.x; i < kUnitRows * kHeadDim / 4; i += kThreads)
+      sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
 
   const int column = threadIdx.x % kLanes * 8;
 #pragma unroll 4
@@ -146,6 +156,7 @@ __device__ __forceinline__ void finish_rows(const BackwardParams& params, const 
 template <int kHeadDim, Element kElement>
 __global__ void __launch_bounds__(kThreads, 4)
     backward_finish(const __grid_constant__ BackwardParams params) {
+  await_earlier_kernel();
   const bool nan_keys = *params.nan_keys != 0;  // read here, for it is needed after a while
   const RowUnit unit(params);
   if (unit.first_row < unit.seq_q) finish_rows<kHeadDim, kElement>(params, unit);
@@ -197,8 +208,12 @@ cudaError_t launch_backward_prepare(const BackwardParams& params, int tile_head_
 cudaError_t launch_backward_finish(const BackwardParams& params, int tile_head_dim, Element element,
                                    cudaStream_t stream) {
   return for_tile(tile_head_dim, element, [&]<int kHeadDim, Element kElement>() {
-    backward_finish<kHeadDim, kElement><<<units(params, kUnitRows), kThreads, 0, stream>>>(params);
-    return cudaGetLastError();
+    if constexpr (has_dq_kernel(kHeadDim)) {
+      return cudaErrorInvalidValue;  // there is nothing to finish
+    } else {
+      return launch_behind(backward_finish<kHeadDim, kElement>, units(params, kUnitRows), kThreads,
+                           0, stream, params);
+    }
   });
 }
 

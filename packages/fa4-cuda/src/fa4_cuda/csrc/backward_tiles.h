@@ -8,13 +8,29 @@
 //                  exchange: dS, and P where they share columns, and dQ on its way out
 //   registers      232 or 240 a thread. dK and dV take D / 2 each where the warp groups share keys,
 //                  half of it where they share columns; S^T and dP^T block_m / 2, dQ 32
+// Where dQ has a kernel of its own, that one keeps 128 queries and goes over the keys they see.
+//
 // None of this changes what is computed, only how fast. Measurements are in the lab notebook,
 // docs/kernels/fa4-cuda-backward.md.
 #pragma once
 
 #include "tiles.h"
 
+// Two choices that have not been measured yet, to be made where the kernels are compiled
+// (build_kernels.py --define NAME) until they have been.
+#ifndef FA4_WIDE_DQ_KERNEL
+#define FA4_WIDE_DQ_KERNEL 0
+#endif
+#ifndef FA4_OVERLAP_LAUNCHES
+#define FA4_OVERLAP_LAUNCHES 0
+#endif
+
 namespace fa4 {
+
+// Whether dQ of wide heads (over 128) has a kernel of its own.
+inline constexpr bool kWideDqKernel = FA4_WIDE_DQ_KERNEL;
+// Whether a kernel of the backward may begin before the one ahead of it has ended.
+inline constexpr bool kOverlapLaunches = FA4_OVERLAP_LAUNCHES;
 
 // How the two consumer warp groups divide the work.
 enum class Split : int {
@@ -23,6 +39,9 @@ enum class Split : int {
   // Half of the columns of dQ, dK and dV each, which would not fit into registers otherwise. One
   // computes P, the other dS, and both go through shared memory.
   kColumns = 1,
+  // A gradient each: one computes P and dV, the other dS and dK. P goes through shared memory, dS
+  // nowhere: dQ has a kernel of its own, which computes both anew.
+  kGradients = 2,
 };
 
 struct BackwardTile {
@@ -38,8 +57,14 @@ struct BackwardTile {
   int dq_direct;
   // Chunks that there is room for on that way. Where the order of additions matters all take it.
   int dq_staged;
+  // Of K and V, block_n keys each, in dQ's own kernel; none if the main kernel sums dQ.
+  int k_stages = 0;
+  int v_stages = 0;
 
   static constexpr int kWarpgroups = 2;
+  // Rows of dQ's own kernel: 64 a warp group.
+  static constexpr int kQueryRows = 64 * kWarpgroups;
+  constexpr bool has_dq_kernel() const { return split == Split::kGradients; }
   constexpr int threads() const { return 128 * (kWarpgroups + 1); }
   constexpr int panels() const { return (head_dim + kPanelColumns - 1) / kPanelColumns; }
   constexpr int columns() const { return panels() * kPanelColumns; }
@@ -48,8 +73,9 @@ struct BackwardTile {
   constexpr int kv_bytes() const { return block_n * columns() * kElementBytes; }
   constexpr int q_bytes() const { return block_m * columns() * kElementBytes; }
   constexpr int score_bytes() const { return block_m * block_n * kElementBytes; }
-  // Two of dS, or one of dS and one of P.
-  constexpr int exchange_bytes() const { return 2 * score_bytes(); }
+  // Two of dS, or one of dS and one of P; or one of P for each stage of Q.
+  constexpr int exchange_slots() const { return has_dq_kernel() ? q_stages : 2; }
+  constexpr int exchange_bytes() const { return exchange_slots() * score_bytes(); }
   static constexpr int kDqChunkBytes = 128 * 16;  // 64 rows, 8 columns: 16 bytes a thread
   static constexpr int kDqChunks = kPanelColumns / 8;
   // Room for each warp group's chunks on their way out through the copy engine.
@@ -60,6 +86,12 @@ struct BackwardTile {
     return 1024 + 2 * kv_bytes() + (q_stages + do_stages) * q_bytes() + exchange_bytes() +
            dq_bytes() + row_bytes() + 256;
   }
+  // Of dQ's own kernel: Q and dO with lse and delta, and the stages of K and V.
+  constexpr int query_shared_bytes() const {
+    if (!has_dq_kernel()) return 0;
+    return 1024 + 2 * (kQueryRows * columns() * kElementBytes + kQueryRows * 4) +
+           (k_stages + v_stages) * kv_bytes() + 256;
+  }
   // setmaxnreg: 168 a thread at launch is what there is to share out, multiples of 8.
   constexpr int producer_registers() const { return head_dim == 128 ? 24 : 40; }
   constexpr int consumer_registers() const { return head_dim == 128 ? 240 : 232; }
@@ -69,6 +101,28 @@ struct BackwardTile {
 constexpr int kRowAlignment = 128;
 
 // clang-format off
+constexpr BackwardTile wide_tile(int head_dim, Mask mask) {
+  if (kWideDqKernel) {
+    return head_dim == 192
+        // What fits: every stage more lets one warp group run further ahead of the other.
+        ? BackwardTile{.head_dim = 192, .mask = mask, .split = Split::kGradients, .block_m = 64,
+                       .block_n = 64, .q_stages = 3, .do_stages = 3, .dq_direct = 0,
+                       .dq_staged = 0, .k_stages = 3, .v_stages = 2}
+        // What fits. V needs one stage less than K, which is read by two products a step apart.
+        : BackwardTile{.head_dim = 256, .mask = mask, .split = Split::kGradients, .block_m = 64,
+                       .block_n = 64, .q_stages = 2, .do_stages = 2, .dq_direct = 0,
+                       .dq_staged = 0, .k_stages = 2, .v_stages = 1};
+  }
+  return head_dim == 192
+      // As 256, and there is room for more of everything.
+      ? BackwardTile{.head_dim = 192, .mask = mask, .split = Split::kColumns, .block_m = 64,
+                     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8}
+      // What fits. With two stages of Q and all of dQ through the copy engine 14% slower; the
+      // additions to dQ are the limit, twice as many bytes a product as at 128.
+      : BackwardTile{.head_dim = 256, .mask = mask, .split = Split::kColumns, .block_m = 64,
+                     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_direct = 4, .dq_staged = 4};
+}
+
 inline constexpr BackwardTile kBackwardTiles[] = {
     // head_dim 64: S and dP of 128 queries fit beside dK and dV, and the operands that are read
     // from shared memory serve twice as many products as with 64.
@@ -87,19 +141,20 @@ inline constexpr BackwardTile kBackwardTiles[] = {
      .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
     {.head_dim = 128, .mask = Mask::kWindow, .split = Split::kKeys, .block_m = 64, .block_n = 128,
      .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
-    // head_dim 192: as 256, and there is room for more of everything.
-    {.head_dim = 192, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
-    {.head_dim = 192, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 2, .dq_direct = 0, .dq_staged = 8},
-    // head_dim 256: what fits. With two stages of Q and all of dQ through the copy engine 14%
-    // slower; the additions to dQ are the limit, twice as many bytes a product as at 128.
-    {.head_dim = 256, .mask = Mask::kCausal, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_direct = 4, .dq_staged = 4},
-    {.head_dim = 256, .mask = Mask::kWindow, .split = Split::kColumns, .block_m = 64,
-     .block_n = 64, .q_stages = 3, .do_stages = 1, .dq_direct = 4, .dq_staged = 4},
+    wide_tile(192, Mask::kCausal),
+    wide_tile(192, Mask::kWindow),
+    wide_tile(256, Mask::kCausal),
+    wide_tile(256, Mask::kWindow),
 };
 // clang-format on
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
+
+// Whether tiles of a head dim have a kernel for dQ; all of one head dim do or do not.
+constexpr bool has_dq_kernel(int tile_head_dim) {
+  for (const BackwardTile& tile : kBackwardTiles) {
+    if (tile.head_dim == tile_head_dim) return tile.has_dq_kernel();
+  }
+  return false;
+}
 
 }  // namespace fa4

@@ -3,6 +3,7 @@
 
 #include <limits.h>
 
+#include "columns.cuh"
 #include "forward_params.h"
 #include "scheduler.cuh"
 #include "tiles.h"
@@ -37,13 +38,6 @@ struct BlockRange {
     clean_end = max(0, first.end) / kBlockN;
   }
 };
-
-// A thread holds columns 8 j and 8 j + 1, counted from its first, of a row of S: one bit each, in
-// 32-bit words. Those before `end` are set.
-__device__ __forceinline__ uint32_t columns_before(int end, int word) {
-  const int bits = min(32, max(0, 2 * (end >> 3) + min(end & 7, 2) - 32 * word));
-  return bits == 32 ? ~0u : (1u << bits) - 1;
-}
 
 // S[64, N] of a warp group, keys from first_key on; bounds are counted from the thread's first
 // column of key 0. Bits of a register become predicates seven at a time (R2P): half the
