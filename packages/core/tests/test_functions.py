@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def test_everything_that_is_announced_exists_and_is_documented():
     for name in package.__all__:
         assert getattr(package, name).__doc__
         assert name in dir(package)
+
+
+def test_the_package_says_its_version():
+    assert package.__version__ == version("flash-attention-registry")
+    assert "__version__" in dir(package)
 
 
 def test_what_does_not_exist_is_an_attribute_error():

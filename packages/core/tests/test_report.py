@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from flash_attention_registry import ImplReport, format_reports
+from flash_attention_registry.doctor.usable import of_unknown_family
 
 
 @pytest.fixture
@@ -75,3 +76,15 @@ def test_reports_cannot_be_changed(reports):
     with pytest.raises(dataclasses.FrozenInstanceError):
         reports["plain"].active = False
     assert isinstance(reports["plain"], ImplReport)
+
+
+def test_of_unknown_family_is_what_could_not_be_loaded_but_not_torchs_own():
+    def unavailable(name):
+        facts = {"distribution": "some", "version": "1", "family": None, "priority": 0}
+        verdict = {"available": False, "unavailable_reason": "lost", "recommended": False}
+        rest = {"not_recommended_reason": None, "active": False}
+        return ImplReport(name=name, **facts, **verdict, **rest)
+
+    told = of_unknown_family([unavailable("broken"), unavailable("torch:FA3")])
+    assert told == ["No family is known of what cannot be used (broken: not available: lost)"]
+    assert of_unknown_family([unavailable("torch:FA3")]) == []

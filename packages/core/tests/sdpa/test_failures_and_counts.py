@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import pickle
 import sys
 import threading
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +154,26 @@ def test_counts_are_a_snapshot_with_totals_and_text(plain_kernels: type) -> None
     reset_dispatch_counts()
     assert dispatch_counts().served == dispatch_counts().declined == 0
     assert counts.served == 1
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda counts: pickle.loads(pickle.dumps(counts)), copy.deepcopy]
+)
+def test_counts_can_be_gathered_from_other_processes(
+    copied: Callable[[Any], Any], plain_kernels: type
+) -> None:
+    install(plain_kernels(), "cpu")
+    tensor = query()
+    F.scaled_dot_product_attention(tensor, tensor, tensor)
+    F.scaled_dot_product_attention(tensor.float(), tensor.float(), tensor.float())
+    count_kernel("the wide one")
+    counts = dispatch_counts()
+    found = copied(counts)
+    assert dict(found) == dict(counts)
+    assert found.kernels == counts.kernels == {"the wide one": 1}
+    assert (found.served, found.declined) == (1, 1)
+    with pytest.raises(TypeError):
+        found[FORWARD].declined["more"] = 1
 
 
 def test_reason_is_logged_once(plain_kernels: type, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attention_registry.errors import CallDeclinedError
@@ -154,3 +155,45 @@ def test_a_new_shape_keeps_no_tensor_of_its_size(
     before = serving.pattern.cache_info().misses
     cuda_op(FLASH, *(torch.randn(2, 4, 11, 16).to(torch.bfloat16) for _ in range(3)))
     assert serving.pattern.cache_info().misses == before
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [((None, None), "a tuple"), (True, "a bool"), ("", "an empty string")],
+    ids=["results", "bool", "empty"],
+)
+def test_what_is_neither_none_nor_a_reason_is_not_taken_for_a_result(
+    heads_first_kernels: Any, tensors: list[Tensor], returned: object, text: str
+) -> None:
+    class Talking(heads_first_kernels):
+        def forward_heads_first(self, *_: Any) -> object:
+            return returned
+
+    expected = F.scaled_dot_product_attention(*tensors, enable_gqa=True)
+    install(Talking(f"talking {text}"), "cpu")
+    with pytest.warns(RuntimeWarning, match=f"forward_heads_first.. returned {text}; it returns"):
+        assert torch.equal(F.scaled_dot_product_attention(*tensors, enable_gqa=True), expected)
+    assert dispatch_counts().served == 0
+
+
+def test_a_wrapper_without_a_dict_has_no_shortcut_of_what_it_wraps(
+    heads_first_kernels: Any, tensors: list[Tensor]
+) -> None:
+    class Wrapper:
+        __slots__ = ("wrapped",)
+
+        def __init__(self, wrapped: Any) -> None:
+            self.wrapped = wrapped
+
+        def supports(self, call: Any) -> str | None:
+            return "never"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.wrapped, name)
+
+    kernels = heads_first_kernels()
+    kernels.forward_heads_first = kernels.forward_heads_first  # in its own dictionary
+    install(Wrapper(kernels), "cpu")
+    F.scaled_dot_product_attention(*tensors, enable_gqa=True)
+    assert kernels.shortcuts == 0
+    assert dispatch_counts().declined == 1

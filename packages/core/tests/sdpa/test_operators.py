@@ -44,7 +44,7 @@ def kernels(plain_kernels: Any) -> Any:
             dq, dk, dv = super().backward(*given)
             return dq, dk, dv
 
-    made = Direct("direct")
+    made = Direct("direct", deterministic="on_request")
     made.asked = []
     return made
 
@@ -110,6 +110,32 @@ def test_a_call_may_ask_for_gradients_that_repeat(
     kernels.asked.clear()
     attend(operator, q, q, q, None, False, NO_WINDOW, asked, False).sum().backward()
     assert kernels.asked == [asked]
+
+
+@pytest.mark.parametrize(("declared", "served"), [("always", True), ("never", False)])
+def test_kernels_that_cannot_be_asked_are_not(
+    plain_kernels: Any, kernels: Any, declared: str, served: bool
+) -> None:
+    class FourArguments(type(kernels)):
+        def backward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return super().backward(*given)
+
+    made = FourArguments(declared, deterministic=declared)
+    made.asked = []
+    operator, q = make_operator(f"test_operators_{declared}", made), rows(1, 8, 2, 16)
+    attend(operator, q, q, q, None, False, NO_WINDOW, False, False).sum().backward()
+    out = attend(operator, q, q, q, None, False, NO_WINDOW, True, False)
+    if served:
+        out.sum().backward()
+    else:
+        with pytest.raises(NotImplementedError, match="deterministic gradients"):
+            out.sum().backward()
+
+
+def test_a_namespace_is_taken_once(operator: Operator, kernels: Any, plain_kernels: Any) -> None:
+    assert make_operator("test_operators", kernels) is operator
+    with pytest.raises(ValueError, match=r"are there already, for .*\.Direct; give"):
+        make_operator("test_operators", plain_kernels("another"))
 
 
 def test_what_is_declined_raises_with_the_reason(operator: Operator) -> None:

@@ -259,8 +259,13 @@ def test_undeclared_device_type_is_refused(plain_kernels: type) -> None:
 
 
 def test_what_is_no_kernel_set_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"takes a KernelSet .* got object"):
+    with pytest.raises(TypeError, match=r"takes a KernelSet .* got object, which lacks name, cap"):
         install(object(), "cpu")  # type: ignore[arg-type]  # that is the mistake
+
+
+def test_a_class_of_kernel_sets_is_refused(plain_kernels: type) -> None:
+    with pytest.raises(TypeError, match=r"the class PlainKernels; give an instance of it"):
+        install(plain_kernels, "cpu")
 
 
 def test_switching_under_load_serves_every_call_whole(plain_kernels: type) -> None:

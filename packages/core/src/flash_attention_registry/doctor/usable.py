@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flash_attention_registry.registration import TORCH_PREFIX
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +61,10 @@ def of_unknown_family(reports: Sequence[ImplReport]) -> list[str]:
     reasons = [
         f"{report.name}: not available: {report.unavailable_reason}"
         for report in reports
-        if report.family is None and report.distribution is not None and not report.available
+        if report.family is None
+        and report.distribution is not None
+        and not report.available
+        and not report.name.startswith(TORCH_PREFIX)  # torch's own are of no family
     ]
     return [f"No family is known of what cannot be used ({'; '.join(reasons)})"] if reasons else []
 

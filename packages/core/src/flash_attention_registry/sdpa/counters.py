@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from flash_attention_registry.errors import text_of
 from flash_attention_registry.fork import ForkSafeLock
@@ -38,7 +39,15 @@ class OpCounts:
     """
 
     served: int = 0
-    declined: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    declined: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Keep a copy that nobody changes."""
+        object.__setattr__(self, "declined", MappingProxyType(dict(self.declined)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the numbers: a program of many processes gathers them."""
+        return OpCounts, (self.served, dict(self.declined))
 
     @property
     def total_declined(self) -> int:
@@ -62,6 +71,10 @@ class DispatchCounts(Mapping[str, OpCounts]):
         """Hold a snapshot of `counts` and `kernels`."""
         self._counts = dict(counts)
         self.kernels: Mapping[str, int] = MappingProxyType(dict(kernels or {}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `OpCounts`."""
+        return DispatchCounts, (self._counts, dict(self.kernels))
 
     def __getitem__(self, op: str) -> OpCounts:
         """Counts of one op, by its name without `aten::`."""
@@ -153,7 +166,7 @@ class OpCounter:
     def counts(self) -> OpCounts:
         """The counts so far; the caller holds the lock."""
         served = self._served + self._served_natively()
-        return OpCounts(served, MappingProxyType(dict(self._declined)))
+        return OpCounts(served, self._declined)
 
     def reset(self) -> None:
         """Back to zero; the caller holds the lock. What was logged or warned of stays so."""

@@ -17,60 +17,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .allocation import empty_like, empty_lse
 from .call import AttentionCall
-from .capabilities import Capabilities
+from .capabilities import KernelSet
 from .direct import check_dense, check_packed, mask_of, not_served, with_unit_stride
 
-__all__ = ["DirectKernelSet", "Operator", "attend", "attend_packed", "make_operator"]
+__all__ = ["Operator", "attend", "attend_packed", "make_operator"]
 
 Operator: TypeAlias = Callable[..., Any]
 """What `make_operator` returns: the arguments of `AttentionCall` to `(out, lse)`."""
 
-
-class DirectKernelSet(Protocol):
-    """A `KernelSet` of which a single call may ask that its gradients repeat bit for bit."""
-
-    @property
-    def name(self) -> str:
-        """As in `KernelSet`."""
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """As in `KernelSet`."""
-
-    def supports(self, call: AttentionCall) -> str | None:
-        """As in `KernelSet`."""
-
-    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """As in `KernelSet`."""
-
-    def backward(
-        self,
-        call: AttentionCall,
-        grad_out: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `KernelSet`; `deterministic` asks even where torch does not."""
+_operators: dict[str, tuple[Operator, type[KernelSet]]] = {}
+"""By namespace. Torch frees what a second definition replaces, in use or not."""
 
 
-def make_operator(namespace: str, kernels: DirectKernelSet) -> Operator:
+def make_operator(namespace: str, kernels: KernelSet) -> Operator:
     """Define `<namespace>::attention` and `<namespace>::attention_backward`.
 
-    Once in a process for each namespace; the operators stay.
+    Once in a process for each namespace; the operators stay, and are returned again to a module
+    that is loaded again.
 
     Args:
         namespace: Such as `"fa4_triton"`.
         kernels: What runs them. An empty call never comes to it: out and gradients are zeros, and
-            lse is -inf.
+            lse is -inf. If its gradients repeat bit for bit `"on_request"`, its `backward` takes
+            the keyword `deterministic=True` from a call that asks for it, even where torch does
+            not.
 
     Returns:
         `attention(query, key, value, cu_seqlens_query, cu_seqlens_key, max_seqlen_query,
@@ -79,7 +57,18 @@ def make_operator(namespace: str, kernels: DirectKernelSet) -> Operator:
         bit. It returns out, like `query`, and lse, float32 `[B, Hq, Sq]`, or `[Hq, Tq]` of packed
         sequences, which is not differentiable. It raises `NotImplementedError` for what the kernel
         set declines, in either direction.
+
+    Raises:
+        ValueError: The namespace has operators already, which run a kernel set of another class.
     """
+    if namespace in _operators:
+        operator, known = _operators[namespace]
+        if _full_name(known) == _full_name(type(kernels)):  # a module that is loaded again
+            return operator
+        raise ValueError(
+            f"the operators of {namespace!r} are there already, for {_full_name(known)}; give "
+            f"{_full_name(type(kernels))} a namespace of its own"
+        )
 
     def served(
         tensors: tuple[Tensor, Tensor, Tensor],
@@ -155,14 +144,20 @@ def make_operator(namespace: str, kernels: DirectKernelSet) -> Operator:
             scale,
             (causal, window_left, window_right),
         )
-        reason = kernels.capabilities.reason_to_decline_backward()
+        declared = kernels.capabilities
+        reason = declared.reason_to_decline_backward()
+        if deterministic and declared.deterministic == "never":
+            reason = "deterministic gradients are not supported"
         if reason is not None:
             raise not_served(kernels.name, reason)
         if _is_empty(call):
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         with torch.cuda.device_of(query):
             grad_out, out = with_unit_stride(grad_out), with_unit_stride(out)
-            return kernels.backward(call, grad_out, out, lse, deterministic=deterministic)
+            backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = kernels.backward
+            if deterministic and declared.deterministic == "on_request":
+                backward = partial(backward, deterministic=True)
+            return backward(call, grad_out, out, lse)
 
     @attention.register_fake
     def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -181,6 +176,7 @@ def make_operator(namespace: str, kernels: DirectKernelSet) -> Operator:
         return (*grads, *[None] * (2 + len(ctx.options)))
 
     attention.register_autograd(differentiate, setup_context=_save_for_backward)
+    _operators[namespace] = attention, type(kernels)
     return attention
 
 
@@ -293,6 +289,10 @@ def _run(
     readable = map(with_unit_stride, tensors)
     out, lse = operator(*readable, *sequences, scale, *mask, deterministic)
     return (out, lse, None) if return_attn_probs else out
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_empty(call: AttentionCall) -> bool:

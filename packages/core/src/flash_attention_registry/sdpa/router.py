@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 
+_PARTS = ("name", "capabilities", "supports", "forward", "backward")
 _slots = {device_type: Slot() for device_type in ROUTED_OPS}
 _guard = ForkSafeLock()
 
@@ -89,14 +90,20 @@ def install(
 
     Raises:
         ValueError: `device_type` has no routed ops, or `kernel_set` does not declare it.
-        TypeError: `kernel_set` lacks a part of `KernelSet`.
+        TypeError: `kernel_set` lacks a part of `KernelSet`, or is a class.
         EnvironmentVariableError: `FLASH_ATTENTION_IMPL_STRICT` is set and no boolean.
     """
     slot = _slot_of(device_type)
-    if not isinstance(kernel_set, KernelSet):
+    if isinstance(kernel_set, type):
         raise TypeError(
-            f"install() takes a KernelSet (name, capabilities, supports, forward, backward), "
-            f"got {type(kernel_set).__name__}, which lacks a part of it"
+            f"install() takes a KernelSet, got the class {kernel_set.__name__}; "
+            f"give an instance of it: {kernel_set.__name__}()"
+        )
+    if not isinstance(kernel_set, KernelSet):
+        lacking = [part for part in _PARTS if not hasattr(kernel_set, part)]
+        raise TypeError(
+            f"install() takes a KernelSet ({', '.join(_PARTS)}), got {type(kernel_set).__name__}, "
+            f"which lacks {', '.join(lacking)}"
         )
     declared = kernel_set.capabilities.device_types
     if device_type not in declared:

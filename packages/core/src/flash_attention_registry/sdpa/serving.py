@@ -75,7 +75,11 @@ def _shortcut_of(kernel_set: KernelSet) -> Shortcut | None:
     Nor is it taken where `__getattr__` finds it, in an object that a kernel set wraps.
     """
     shared = {"forward_heads_first", "supports", "forward"}
-    for names in (getattr(kernel_set, "__dict__", {}), *map(vars, type(kernel_set).__mro__)):
+    try:
+        own = object.__getattribute__(kernel_set, "__dict__")
+    except AttributeError:  # slots; what a wrapped object has is not asked for
+        own = {}
+    for names in (own, *map(vars, type(kernel_set).__mro__)):
         if not shared.isdisjoint(names):
             # The first that defines any of the three: its methods hide those of all others.
             shortcut: Shortcut | None = getattr(kernel_set, "forward_heads_first", None)
@@ -99,7 +103,7 @@ def run_forward(kernels: ActiveKernels, call: AttentionCall, target: Tensor) -> 
         return "the last dimension of the output is not contiguous"
     reason = kernels.supports(call)
     if reason is not None:
-        return reason
+        return _as_reason(reason, kernels, "supports")
     device_index = call.query.get_device()
     if device_index >= 0 and device_index != torch.cuda.current_device():
         with torch.cuda.device(device_index):
@@ -109,6 +113,21 @@ def run_forward(kernels: ActiveKernels, call: AttentionCall, target: Tensor) -> 
     if out is not target:
         target.copy_(out)
     return lse
+
+
+def _as_reason(returned: object, kernels: ActiveKernels, method: str) -> str:
+    """What a kernel set's method returned in place of None, if it is a reason to decline.
+
+    Raises:
+        TypeError: It is not. What was computed, for one, would pass for the op's result.
+    """
+    if isinstance(returned, str) and returned:
+        return returned
+    text = "an empty string" if returned == "" else f"a {type(returned).__name__}"
+    raise TypeError(
+        f"{kernels.name}.{method}() returned {text}; it returns None for a call that is served, "
+        "else the reason why not, as text"
+    )
 
 
 def run_heads_first(shortcut: Shortcut, query: Tensor, *tensors_and_options: Any) -> str | None:
@@ -137,7 +156,7 @@ def run_backward(
     """
     reason = kernels.reason_against_backward() or kernels.supports(call)
     if reason is not None:
-        return reason
+        return _as_reason(reason, kernels, "supports")
     device_index = call.query.get_device()
     if device_index >= 0 and device_index != torch.cuda.current_device():
         with torch.cuda.device(device_index):
@@ -198,7 +217,9 @@ def serve_bhsd(
         reason = run_heads_first(
             shortcut, query, key, value, out, lse, factor, causal, lse_of_empty_rows
         )
-        return (out, lse) if reason is None else reason
+        if reason is None:
+            return out, lse
+        return _as_reason(reason, kernels, "forward_heads_first")
     target = out.transpose(1, 2)
     call = AttentionCall(
         query.transpose(1, 2),
