@@ -309,7 +309,7 @@ def test_dense_tensors_that_do_not_fit_are_an_error(
 
 
 def test_a_window_that_is_no_pair_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"must be a pair \(left, right\), but is \(3,\)"):
+    with pytest.raises(TypeError, match=r"a pair of integers \(left, right\), but is \(3,\)"):
         flash_attn_func(*dense(), window_size=(3,))
 
 

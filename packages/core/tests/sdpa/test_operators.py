@@ -146,6 +146,32 @@ def test_what_is_declined_raises_with_the_reason(operator: Operator) -> None:
         attend(operator, q, rows(2, 8, 2, 12), rows(2, 8, 2, 12), None, False, (0, 0), False, False)
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"q": None}, r"q must be a tensor \[T, H, D\], but is a NoneType"),
+        ({"v": [1.0]}, "v must be a tensor .* but is a list"),
+        ({"cu_seqlens": (OFFSETS[0], [0, 10])}, r"cu_seqlens_k must be a tensor \[B \+ 1\] int32"),
+        ({"max_seqlens": (7, None)}, "max_seqlen_k must be an integer, .* but is a NoneType"),
+        ({"max_seqlens": (7.0, 7)}, "max_seqlen_q must be an integer, .* but is a float"),
+        ({"window_size": 5}, r"window_size must be a pair of integers .* but is 5; give -1"),
+        ({"window_size": (1.5, 2)}, r"window_size must be a pair of integers"),
+        ({"softmax_scale": "1"}, "softmax_scale must be a number or None, but is '1'"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(
+    operator: Operator, change: dict[str, Any], text: str
+) -> None:
+    q = rows(12, 2, 16)
+    arguments: dict[str, Any] = {
+        **{"q": q, "k": rows(10, 2, 16), "v": rows(10, 2, 16), "cu_seqlens": OFFSETS},
+        **{"max_seqlens": (7, 7), "softmax_scale": None, "causal": False},
+        **{"window_size": NO_WINDOW, "deterministic": False, "return_attn_probs": False},
+    }
+    with pytest.raises(TypeError, match=text):
+        attend_packed(operator, **arguments | change)
+
+
 def test_a_backward_that_is_not_declared_raises_with_the_reason(
     plain_kernels: Callable[..., Any], kernels: Any
 ) -> None:

@@ -59,6 +59,7 @@ def flash_attn_func(
         key. lse is not differentiable. None stands where a kernel with dropout returns its mask.
 
     Raises:
+        TypeError: An argument is no tensor, or no number, where one is needed.
         ValueError: The tensors do not fit together.
         NotImplementedError: The kernels do not serve such a call.
     """
@@ -123,6 +124,7 @@ def flash_attn_varlen_func(
         `[Hq, Tq]`.
 
     Raises:
+        TypeError: An argument is no tensor, or no number, where one is needed.
         ValueError: The tensors do not fit together.
         NotImplementedError: The kernels do not serve such a call.
     """

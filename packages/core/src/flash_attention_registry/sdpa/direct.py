@@ -2,8 +2,9 @@
 
 For providers that export `flash_attn_func` and `flash_attn_varlen_func`.
 
-A `ValueError` is for arguments that do not fit together, a `NotImplementedError` for what is valid
-and not served. Both say what was asked, what was found and what to do.
+A `TypeError` is for what is no tensor or no number, a `ValueError` for arguments that do not fit
+together, a `NotImplementedError` for what is valid and not served. All say what was asked, what was
+found and what to do.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ def mask_of(causal: bool, window_size: tuple[int, int]) -> Mask:
         window_size: Keys seen before and after the diagonal.
 
     Raises:
-        ValueError: `window_size` is not a pair.
+        TypeError: `window_size` is not a pair of integers.
     """
-    if len(window_size) != 2:
-        raise ValueError(
-            f"window_size must be a pair (left, right), but is {window_size!r}; "
+    if not (
+        isinstance(window_size, (tuple, list))
+        and len(window_size) == 2
+        and not any(side is None or isinstance(side, (float, str)) for side in window_size)
+    ):
+        raise TypeError(
+            f"window_size must be a pair of integers (left, right), but is {window_size!r}; "
             "give -1 for a side without a bound"
         )
     left = None if window_size[0] < 0 else window_size[0]
@@ -103,6 +108,7 @@ def check_dense(query: Tensor, key: Tensor, value: Tensor) -> None:
         value: Like `key`.
 
     Raises:
+        TypeError: One is no tensor.
         ValueError: They differ in what they must share.
     """
     _check_tensors(query, key, value, "[B, S, H, D]")
@@ -129,6 +135,7 @@ def check_packed(
         max_seqlens: The longest sequence of either.
 
     Raises:
+        TypeError: One is no tensor, or a length no integer.
         ValueError: They differ in what they must share.
     """
     _check_tensors(query, key, value, "[T, H, D]")
@@ -136,6 +143,12 @@ def check_packed(
         "qk", (query.shape[0], key.shape[0]), cu_seqlens, max_seqlens, strict=True
     ):
         name = f"cu_seqlens_{side}"
+        _check_is_tensor(name, offsets, "[B + 1] int32")
+        if longest is None or isinstance(longest, (float, str)):
+            raise TypeError(
+                f"max_seqlen_{side} must be an integer, the length of the longest sequence, but is "
+                f"a {type(longest).__name__}"
+            )
         if offsets.dtype is not torch.int32 or offsets.dim() != 1:
             raise ValueError(
                 f"{name} must be [B + 1] int32, but has shape {list(offsets.shape)} and dtype "
@@ -161,6 +174,7 @@ def check_packed(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
     rank = layout.count(",") + 1
     for name, tensor in (("q", query), ("k", key), ("v", value)):
+        _check_is_tensor(name, tensor, layout)
         if tensor.dim() != rank:
             raise ValueError(f"{name} must be {layout}, but has shape {list(tensor.shape)}")
         if tensor.dtype is not query.dtype:
@@ -185,6 +199,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: str) -> No
         raise ValueError(
             f"q has {heads} heads and k {heads_kv}; the first must be a multiple of the second"
         )
+
+
+def _check_is_tensor(name: str, given: object, layout: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, but is a {type(given).__name__}")
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:

@@ -208,6 +208,7 @@ def attend(
         out `[B, Sq, Hq, D]`; or `(out, lse, None)` with lse float32 `[B, Hq, Sq]`.
 
     Raises:
+        TypeError: An argument is no tensor, or no number, where one is needed.
         ValueError: The tensors do not fit together.
         NotImplementedError: The kernel set declines the call.
     """
@@ -257,6 +258,7 @@ def attend_packed(
         out `[Tq, Hq, D]`; or `(out, lse, None)` with lse float32 `[Hq, Tq]`.
 
     Raises:
+        TypeError: An argument is no tensor, or no number, where one is needed.
         ValueError: The tensors do not fit together.
         NotImplementedError: The kernel set declines the call.
     """
@@ -284,6 +286,8 @@ def _run(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
+    if isinstance(softmax_scale, str):
+        raise TypeError(f"softmax_scale must be a number or None, but is {softmax_scale!r}")
     scale = tensors[0].shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     mask = mask_of(causal, window_size)
     readable = map(with_unit_stride, tensors)
