@@ -1,165 +1,32 @@
 """The barriers of the backward kernels, as a model: nobody hangs, and nobody writes what is read.
 
-The threads that load, the consumer warp groups and the warps that take dQ away are coroutines over
-the barriers and buffers of backward_pipeline.cuh, in the order in which it, backward_by_keys.cuh,
-backward_by_columns.cuh, backward_wide_keys.cuh and backward_wide_queries.cuh use them. Every yield
-is a point at which any other may run, chosen at random. What runs for itself does so here: a copy
-is an actor of its own, and products read their operands until a wait covers them.
-
-A buffer knows what is in it: whoever reads says what he expects, and whoever writes must be alone.
+The threads that load, the consumer warp groups and the warps that take dQ away use the barriers of
+`flash_attention_testkit.barriers` in the order in which backward_pipeline.cuh,
+backward_by_keys.cuh, backward_by_columns.cuh, backward_wide_keys.cuh and backward_wide_queries.cuh
+use theirs. A product reads its operands from where it is issued until a wait covers it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 
+from flash_attention_testkit.barriers import (
+    Buffer,
+    HangError,
+    NamedBarrier,
+    Position,
+    Program,
+    RaceError,
+    Ring,
+    Steps,
+)
+
 BY_KEYS, BY_COLUMNS, BY_GRADIENTS = 0, 1, 2
-
-Steps = Iterator[bool]
-"""Yields whether anything has happened since the last time."""
-
-
-class HangError(Exception):
-    """Everyone waits."""
-
-
-class RaceError(Exception):
-    """Something is written while it is read, or read while something else is there."""
-
-
-def until(condition: Callable[[], bool]) -> Steps:
-    moved = True
-    while not condition():
-        yield moved
-        moved = False
-
-
-@dataclass
-class Barrier:
-    """mbarrier: flips its phase when all arrivals are in."""
-
-    arrivals: int
-    pending: int = field(init=False)
-    phase: int = 0
-
-    def __post_init__(self) -> None:
-        self.pending = self.arrivals
-
-    def arrive(self) -> None:
-        self.pending -= 1
-        if self.pending == 0:
-            self.pending = self.arrivals
-            self.phase ^= 1
-
-    def wait(self, parity: int) -> Steps:
-        return until(lambda: self.phase != parity)
-
-
-class NamedBarrier:
-    """Of two parties, each of which may wait for the other or only let it know."""
-
-    def __init__(self) -> None:
-        self.arrived: set[object] = set()
-        self.completed = 0
-
-    def arrive(self, who: object) -> None:
-        if who in self.arrived:
-            raise RaceError(f"{who} arrives twice at one barrier")
-        self.arrived.add(who)
-        if len(self.arrived) == 2:
-            self.arrived.clear()
-            self.completed += 1
-
-    def sync(self, who: object) -> Steps:
-        before = self.completed
-        self.arrive(who)
-        return until(lambda: self.completed != before)
-
-
-@dataclass
-class Buffer:
-    """A piece of shared memory; `content` is None while it is written."""
-
-    name: str
-    content: object = None
-    cleared: set[int] = field(default_factory=set)  # by which warp groups, of rows of others
-    readers: int = 0
-
-    def _be_alone(self) -> None:
-        if self.readers:
-            raise RaceError(f"{self.name} is written while {self.content} is read")
-
-    def write(self, content: object) -> None:
-        self._be_alone()
-        self.content, self.cleared = content, set()
-
-    def clear(self, group: int, expected: object) -> None:
-        self._be_alone()
-        self._expect(expected)
-        self.cleared.add(group)
-
-    def _expect(self, expected: object) -> None:
-        if self.content != expected:
-            raise RaceError(f"{self.name} holds {self.content} where {expected} is read")
-
-    def begin_read(self, expected: object, cleared_by: set[int]) -> None:
-        self._expect(expected)
-        if self.cleared != cleared_by:
-            raise RaceError(f"{self.name} is read before rows of others are cleared")
-        self.readers += 1
-
-    def end_read(self) -> None:
-        self.readers -= 1
-
-
-class Ring:
-    """Buffers with a full and an empty barrier each."""
-
-    def __init__(self, name: str, stages: int, readers: int, writers: int = 1) -> None:
-        self.stages = stages
-        self.buffers = [Buffer(f"{name}[{i}]") for i in range(stages)]
-        self.full = [Barrier(writers) for _ in range(stages)]
-        self.empty = [Barrier(readers) for _ in range(stages)]
-
-
-@dataclass
-class Position:
-    """RingPosition, with the waits and arrivals at it."""
-
-    ring: Ring
-    count: int = 0
-
-    @property
-    def stage(self) -> int:
-        return self.count % self.ring.stages
-
-    @property
-    def phase(self) -> int:
-        return self.count // self.ring.stages & 1
-
-    @property
-    def buffer(self) -> Buffer:
-        return self.ring.buffers[self.stage]
-
-    def wait_full(self) -> Steps:
-        return self.ring.full[self.stage].wait(self.phase)
-
-    def wait_empty(self) -> Steps:
-        return self.ring.empty[self.stage].wait(self.phase ^ 1)
-
-    def fill(self) -> None:
-        self.ring.full[self.stage].arrive()
-
-    def free(self) -> None:
-        self.ring.empty[self.stage].arrive()
-
-    def before(self) -> Position:
-        return Position(self.ring, self.count - 1)
 
 
 @dataclass(frozen=True)
@@ -185,89 +52,73 @@ class Block:
         return len(self.tails)
 
 
+def cleared(content: object, by: Iterable[int]) -> object:
+    """What is left of a block once those warp groups have cleared rows in it that are others'."""
+    groups = frozenset(by)
+    return (content, groups) if groups else content
+
+
+def clear(at: Position, content: object, group: int) -> Steps:
+    """Have a warp group clear rows that are others'; the other one may have done so already."""
+    by_other = cleared(content, {1 - group})
+    is_second = at.buffer.content == [by_other]
+    at.buffer.begin_read(by_other if is_second else content)
+    at.buffer.end_read()
+    at.buffer.write(cleared(content, {0, 1} if is_second else {group}))
+    yield
+
+
+class Operand(NamedTuple):
+    """A buffer, and what has to be in it."""
+
+    buffer: Buffer
+    content: object
+
+    def read(self) -> Steps:
+        return self.buffer.read(self.content)
+
+
 class Products:
     """wgmma of one warp group: a group after the other, each reading until it is waited for."""
 
     def __init__(self) -> None:
-        self.pending: list[list[Buffer]] = []
+        self.pending: list[tuple[Operand, ...]] = []
 
-    def issue(self, *operands: tuple[Buffer, object, set[int]]) -> None:
-        for buffer, expected, cleared_by in operands:
-            buffer.begin_read(expected, cleared_by)
-        self.pending.append([buffer for buffer, _, _ in operands])
+    def issue(self, *operands: Operand) -> None:
+        for buffer, content in operands:
+            buffer.begin_read(content)
+        self.pending.append(operands)
 
     def wait(self, left: int) -> Steps:
-        yield True
+        yield
         while len(self.pending) > left:
-            for buffer in self.pending.pop(0):
+            for buffer, _ in self.pending.pop(0):
                 buffer.end_read()
 
 
 LAST = -1
 
 
-class Model:
-    """Actors of one thread block, and what those of every kernel do."""
+class Model(Program):
+    """One thread block: what every kernel does."""
 
     def __init__(self, tile_readers: int) -> None:
-        self.tiles = Ring("tile", 2, tile_readers)
-        self.actors: dict[str, Steps] = {}
-
-    def _copy(self, at: Position, content: object) -> Steps:
-        at.buffer.write(None)
-        yield True
-        at.buffer.write(content)
-        at.fill()
-
-    def _load(self, at: Position, content: object) -> Steps:
-        yield from at.wait_empty()
-        copy = Position(at.ring, at.count)
-        self.actors[f"copy {at.buffer.name} {content}"] = self._copy(copy, content)
-        at.count += 1
-        yield True
+        super().__init__()
+        self.tiles = Ring(2, tile_readers)
 
     def _deal_tile(self, number: int, at: Position) -> Steps:
         yield from at.wait_empty()
         at.buffer.write(number)
         at.fill()
-        at.count += 1
 
-    def _read_tile(self, at: Position) -> Generator[bool, None, int]:
-        yield from at.wait_full()
-        number = at.buffer.content
+    def _read_tile(self, at: Position) -> Generator[Any, None, int]:
+        here = at.step()
+        yield from here.wait_full()
+        (number,) = here.buffer.content
         assert isinstance(number, int)
-        at.buffer.begin_read(number, set())
-        yield True
-        at.buffer.end_read()
-        at.free()
-        at.count += 1
+        yield from here.buffer.read(number)
+        here.free()
         return number
-
-    @staticmethod
-    def _read(operand: tuple[Buffer, object, set[int]]) -> Steps:
-        buffer, expected, cleared_by = operand
-        buffer.begin_read(expected, cleared_by)
-        yield True
-        buffer.end_read()
-
-    def run_actors(self, actors: dict[str, Steps], seed: int) -> None:
-        """Until everyone has come to an end, under one random schedule."""
-        self.actors = actors
-        schedule = random.Random(seed)
-        waiting: set[str] = set()
-        while self.actors:
-            name = schedule.choice(sorted(self.actors.keys() - waiting))
-            try:
-                moved = next(self.actors[name])
-            except StopIteration:
-                del self.actors[name]
-                moved = True
-            if moved:
-                waiting.clear()
-            else:
-                waiting.add(name)
-            if self.actors and self.actors.keys() <= waiting:
-                raise HangError(", ".join(sorted(waiting)))
 
 
 class ThreadBlock(Model):
@@ -278,33 +129,45 @@ class ThreadBlock(Model):
         # Read by the consumers, by who loads dO and by who takes dQ away.
         super().__init__(tile_readers=5 if has_takers else 3)
         self.shape, self.blocks, self.flaw = shape, blocks, flaw
-        self.q = Ring("Q", shape.q_stages, 2)
-        self.grad_out = Ring("dO", shape.do_stages, 2)
+        self.q = Ring(shape.q_stages, 2)
+        self.grad_out = Ring(shape.do_stages, 2)
         sharers = 2 if has_takers else 1
-        self.k, self.v = Ring("K", 1, sharers), Ring("V", 1, sharers)
-        # Halves by warp group of each of two dS; or P and dS.
-        self.exchange = [[Buffer(f"dS[{i}] of {g}") for g in range(2)] for i in range(2)]
-        self.ds_ring = Ring("dS", 2, readers=2, writers=2)
-        self.p, self.ds = Buffer("P"), Buffer("dS")
-        self.p_ring = Ring("P", shape.q_stages, readers=1)
-        self.dq = [Buffer(f"dQ of {g}") for g in range(2)]
+        self.k, self.v = Ring(1, sharers), Ring(1, sharers)
+        # By keys: each warp group writes half of a dS.
+        one_ds = flaw == "has one dS"
+        self.ds_ring = Ring(2, readers=2, writers=2)
+        self.ds_ring.buffers = [Buffer(2)] * 2 if one_ds else [Buffer(2) for _ in range(2)]
+        self.p, self.ds = Buffer(), Buffer()  # by columns
+        self.p_ring = Ring(shape.q_stages, readers=1)  # by gradients
+        self.dq = [Buffer() for _ in range(2)]
         self.scores_ready, self.ds_ready, self.all_cleared = (NamedBarrier() for _ in range(3))
         self.dq_full, self.dq_empty = ([NamedBarrier() for _ in range(2)] for _ in range(2))
         self.added: list[object] = []
+        self.start("loads K and Q", self.load_queries())
+        self.start("loads V and dO", self.load_gradients())
+        if shape.split == BY_GRADIENTS:
+            self.start("computes dV", self.compute_dv())
+            self.start("computes dK", self.compute_dk())
+        else:
+            by_keys = shape.split == BY_KEYS
+            consume = self.consume_by_keys if by_keys else self.consume_by_columns
+            for group in range(2):
+                self.start(f"consumer {group}", consume(group))
+                self.start(f"takes dQ of {group} away", self.take_dq_away(group))
 
     # ---- who loads
 
     def _load_tile(self, number: int, keys: Position, queries: Position) -> Steps:
         steps = self.blocks[number].steps
         if steps:
-            yield from self._load(keys, number)
+            yield from self.load(keys.step(), number)
         for step in range(steps):
-            yield from self._load(queries, (number, step))
+            yield from self.load(queries.step(), (number, step))
 
     def load_queries(self) -> Steps:
         tile_at, k, q = Position(self.tiles), Position(self.k), Position(self.q)
         for number in [*range(len(self.blocks)), LAST]:
-            yield from self._deal_tile(number, tile_at)
+            yield from self._deal_tile(number, tile_at.step())
             if number != LAST:
                 yield from self._load_tile(number, k, q)
 
@@ -323,17 +186,10 @@ class ThreadBlock(Model):
                         yield from self.dq_full[group].sync("taker")
                         content = (number, step, panel, piece)
                         if self.flaw == "lets go of dQ before it is read":
-                            self.actors[f"late {group} {content}"] = self._read_late(group, content)
+                            self.start("reads dQ late", source.read(content))
                             continue
-                        source.begin_read(content, set())
-                        yield True
-                        source.end_read()
+                        yield from source.read(content)
                         self.added.append((group, content))
-
-    def _read_late(self, group: int, content: object) -> Steps:
-        yield True
-        self.dq[group].begin_read(content, set())
-        self.dq[group].end_read()
 
     # ---- what both splits do that share the gradients
 
@@ -343,20 +199,23 @@ class ThreadBlock(Model):
         first = (self.shape.panels + 1) // 2
         return range(first) if group == 0 else range(first, self.shape.panels)
 
-    def _cleared(self, tail: bool, by: set[int]) -> set[int]:
-        return by if tail else set()
+    def _keys(self, at: Position, number: int, by: Iterable[int] = ()) -> Operand:
+        return Operand(at.buffer, cleared(number, by if self.blocks[number].key_tail else ()))
+
+    def _rows(self, at: Position, number: int, step: int, by: Iterable[int]) -> Operand:
+        tail = self.blocks[number].tails[step]
+        return Operand(at.buffer, cleared((number, step), by if tail else ()))
 
     def _add_dq(self, group: int, number: int, step: int, panel: int) -> Steps:
         for piece in range(self.shape.dq_pieces):
             yield from self.dq_empty[group].sync("owner")
             self.dq[group].write((number, step, panel, piece))
-            yield True
+            yield
             self.dq_full[group].arrive("owner")
 
     def _end_tile(self, *rings: Position) -> None:
         for at in rings:
-            at.free()
-            at.count += 1
+            at.step().free()
 
     # ---- backward_by_keys.cuh
 
@@ -367,52 +226,40 @@ class ThreadBlock(Model):
         k, v = Position(self.k), Position(self.v)
         ds = Position(self.ds_ring)
 
-        def place() -> list[Buffer]:
-            return self.exchange[0 if self.flaw == "has one dS" else ds.stage]
-
-        def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, (number, step), self._cleared(block.tails[step], both)
-
-        def keys(at: Position, *, cleared: bool) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, number, self._cleared(block.key_tail and cleared, both)
+        def rows(at: Position, step: int) -> Operand:
+            return self._rows(at, number, step, both)
 
         def clear_tail(at: Position, content: object, tail: bool) -> Steps:
             if tail:
-                at.buffer.clear(group, content)
-                yield True
+                yield from clear(at, content, group)
                 if self.flaw != "reads what the other clears":
                     yield from self.all_cleared.sync(group)
-
-        def read_rows(at: Position, step: int) -> Steps:  # lse lies beside Q, delta beside dO
-            yield from self._read(operand(at, step))
 
         def issue_s(step: int) -> Steps:
             yield from q.wait_full()
             yield from clear_tail(q, (number, step), block.tails[step])
-            products.issue(keys(k, cleared=True), operand(q, step))
+            products.issue(self._keys(k, number, both), rows(q, step))
 
         def issue_dq_dk(at: Position, step: int) -> Steps:
+            here = ds.step()
             if self.flaw != "does not wait for the other's dS":
-                yield from ds.wait_full()
-            halves = [(half, (number, step), set[int]()) for half in place()]
-            products.issue(*halves, keys(k, cleared=True))
-            products.issue(operand(at, step))
-            ds.count += 1
+                yield from here.wait_full()
+            products.issue(Operand(here.buffer, (number, step)), self._keys(k, number, both))
+            products.issue(rows(at, step))
 
         def issue_dp_dv(step: int) -> Steps:
             yield from grad_out.wait_full()
             yield from clear_tail(grad_out, (number, step), block.tails[step])
-            products.issue(keys(v, cleared=False), operand(grad_out, step))
-            products.issue(operand(grad_out, step))
+            products.issue(self._keys(v, number), rows(grad_out, step))
+            products.issue(rows(grad_out, step))
             yield from products.wait(1)
 
         def make_ds(step: int) -> Steps:
-            yield from read_rows(grad_out, step)
-            place()[group].write((number, step))
+            yield from rows(grad_out, step).read()  # delta lies beside dO
+            ds.buffer.write((number, step), group)
             ds.fill()
             yield from products.wait(0)
-            grad_out.free()
-            grad_out.count += 1
+            grad_out.step().free()
 
         while (number := (yield from self._read_tile(tile_at))) != LAST:
             block = self.blocks[number]
@@ -423,22 +270,22 @@ class ThreadBlock(Model):
             yield from issue_s(0)
             yield from v.wait_full()
             yield from products.wait(0)
-            yield from read_rows(q, 0)
+            yield from rows(q, 0).read()  # lse lies beside Q
             yield from issue_dp_dv(0)
             yield from make_ds(0)
             for step in range(1, block.steps):
-                q.count += 1
+                before = q.step()
                 if self.flaw == "frees Q before dK":
-                    q.before().free()
+                    before.free()
                 yield from issue_s(step)
-                yield from issue_dq_dk(q.before(), step - 1)
+                yield from issue_dq_dk(before, step - 1)
                 yield from products.wait(2)
-                yield from read_rows(q, step)
+                yield from rows(q, step).read()
                 yield from products.wait(1)
                 yield from self._add_dq(group, number, step - 1, 0)
                 yield from issue_dp_dv(step)
                 if self.flaw != "frees Q before dK":
-                    q.before().free()
+                    before.free()
                 yield from make_ds(step)
             yield from issue_dq_dk(q, block.steps - 1)
             if self.flaw == "frees K before dQ":
@@ -456,36 +303,31 @@ class ThreadBlock(Model):
         q, grad_out = Position(self.q), Position(self.grad_out)
         k, v = Position(self.k), Position(self.v)
 
-        def q_operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
+        def q_operand(at: Position, step: int) -> Operand:
+            return self._rows(at, number, step, {0})
 
-        def do_operand(step: int) -> tuple[Buffer, object, set[int]]:
-            return grad_out.buffer, (number, step), self._cleared(block.tails[step], {1})
+        def do_operand(step: int) -> Operand:
+            return self._rows(grad_out, number, step, {1})
 
-        def keys(at: Position, *, cleared: bool) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, number, self._cleared(block.key_tail and cleared, {0})
+        def shared(buffer: Buffer, step: int) -> Operand:
+            return Operand(buffer, (number, step))
 
-        def shared(buffer: Buffer, step: int) -> tuple[Buffer, object, set[int]]:
-            return buffer, (number, step), set()
-
-        def clear_tail(at: Position, content: object, tail: bool) -> None:
+        def clear_tail(at: Position, content: object, tail: bool) -> Steps:
             if tail:
-                at.buffer.clear(group, content)
+                yield from clear(at, content, group)
 
         def issue_s(step: int) -> Steps:
             yield from q.wait_full()
-            clear_tail(q, (number, step), block.tails[step])
-            yield True
-            products.issue(keys(k, cleared=True), q_operand(q, step))
+            yield from clear_tail(q, (number, step), block.tails[step])
+            products.issue(self._keys(k, number, {0}), q_operand(q, step))
 
         def issue_dp(step: int) -> Steps:
             yield from grad_out.wait_full()
-            clear_tail(grad_out, (number, step), block.tails[step])
-            yield True
-            products.issue(keys(v, cleared=False), do_operand(step))
+            yield from clear_tail(grad_out, (number, step), block.tails[step])
+            products.issue(self._keys(v, number), do_operand(step))
 
         def make_p(step: int) -> Steps:
-            yield from self._read(q_operand(q, step))  # lse lies beside Q
+            yield from q_operand(q, step).read()  # lse lies beside Q
             self.p.write((number, step))
 
         def multiply_dv(step: int) -> Steps:
@@ -493,16 +335,15 @@ class ThreadBlock(Model):
             yield from grad_out.wait_full()
             products.issue(shared(self.p, step), do_operand(step))
             if not makes_p:
-                yield from self._read(shared(self.p, step))
+                yield from shared(self.p, step).read()
                 yield from products.wait(1)
-                yield from self._read(do_operand(step))  # delta lies beside dO
+                yield from do_operand(step).read()  # delta lies beside dO
                 self.ds.write((number, step))
             yield from products.wait(0)
-            grad_out.free()
-            grad_out.count += 1
+            grad_out.step().free()
 
         def issue_dq_panel(step: int) -> None:
-            products.issue(shared(self.ds, step), keys(k, cleared=True))
+            products.issue(shared(self.ds, step), self._keys(k, number, {0}))
 
         def issue_dq_dk(at: Position, step: int) -> Steps:
             yield from self.ds_ready.sync(group)
@@ -527,7 +368,7 @@ class ThreadBlock(Model):
             yield from k.wait_full()
             yield from v.wait_full()
             if makes_p:
-                clear_tail(k, number, block.key_tail)
+                yield from clear_tail(k, number, block.key_tail)
                 yield from issue_s(0)
                 yield from products.wait(0)
                 yield from make_p(0)
@@ -535,16 +376,16 @@ class ThreadBlock(Model):
                 yield from issue_dp(0)
             yield from multiply_dv(0)
             for step in range(1, block.steps):
-                q.count += 1
+                before = q.step()
                 early = self.flaw == "makes P before the other has read the last"
                 if makes_p:
                     yield from issue_s(step)
                     if early:
                         yield from products.wait(0)
                         yield from make_p(step)
-                yield from issue_dq_dk(q.before(), step - 1)
+                yield from issue_dq_dk(before, step - 1)
                 if self.flaw == "frees Q before dK":
-                    q.before().free()
+                    before.free()
                 yield from add_first(step - 1)
                 if makes_p:
                     if not early:
@@ -555,7 +396,7 @@ class ThreadBlock(Model):
                     yield from products.wait(1)
                 yield from add_second(step - 1)
                 if self.flaw != "frees Q before dK":
-                    q.before().free()
+                    before.free()
                 yield from multiply_dv(step)
             yield from issue_dq_dk(q, block.steps - 1)
             yield from add_first(block.steps - 1)
@@ -572,35 +413,35 @@ class ThreadBlock(Model):
         q, grad_out, p = Position(self.q), Position(self.grad_out), Position(self.p_ring)
         k = Position(self.k)
 
-        def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
+        def rows(at: Position, step: int) -> Operand:
+            return self._rows(at, number, step, {0})
 
         def clear_tails(step: int) -> Steps:
             if block.tails[step]:
                 yield from grad_out.wait_full()
                 for at in (q, grad_out):
-                    at.buffer.clear(0, (number, step))
-                    yield True
+                    yield from clear(at, (number, step), group=0)
 
         def issue_s(step: int) -> Steps:
             yield from q.wait_full()
             yield from clear_tails(step)
-            products.issue((k.buffer, number, set()), operand(q, step))
+            products.issue(self._keys(k, number), rows(q, step))
 
         def make_p(step: int) -> Steps:
-            yield from self._read(operand(q, step))  # lse lies beside Q
-            q.free()
+            yield from rows(q, step).read()  # lse lies beside Q
+            q.step().free()
+            here = p.step()
             if self.flaw == "hands P over before it is whole":
-                p.fill()
-            p.buffer.write(None)
-            yield True
-            p.buffer.write((number, step))
+                here.fill()
+            here.buffer.write(None)
+            yield
+            here.buffer.write((number, step))
             if self.flaw != "hands P over before it is whole":
-                p.fill()
+                here.fill()
 
         def issue_dv(at: Position, step: int) -> Steps:
             yield from at.wait_full()
-            products.issue(operand(at, step))
+            products.issue(rows(at, step))
 
         def finish_dv(at: Position) -> Steps:
             if self.flaw == "frees dO before dV":
@@ -618,29 +459,26 @@ class ThreadBlock(Model):
             yield from products.wait(0)
             yield from make_p(0)
             for step in range(1, block.steps):
-                for at in (q, grad_out, p):
-                    at.count += 1
+                before = grad_out.step()
                 yield from issue_s(step)
-                yield from issue_dv(grad_out.before(), step - 1)
+                yield from issue_dv(before, step - 1)
                 if self.flaw == "frees K before S" and step == block.steps - 1:
-                    k.free()
+                    k.step().free()
                 yield from products.wait(1)
                 yield from make_p(step)
-                yield from finish_dv(grad_out.before())
+                yield from finish_dv(before)
             if self.flaw != "frees K before S" or block.steps == 1:
-                k.free()
+                k.step().free()
             yield from issue_dv(grad_out, block.steps - 1)
-            yield from finish_dv(grad_out)
-            for at in (q, grad_out, p, k):
-                at.count += 1
+            yield from finish_dv(grad_out.step())
 
     def compute_dk(self) -> Steps:
         tile_at, products = Position(self.tiles), Products()
         q, grad_out, p = Position(self.q), Position(self.grad_out), Position(self.p_ring)
         v = Position(self.v)
 
-        def operand(at: Position, step: int) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, (number, step), self._cleared(block.tails[step], {0})
+        def rows(at: Position, step: int) -> Operand:
+            return self._rows(at, number, step, {0})
 
         while (number := (yield from self._read_tile(tile_at))) != LAST:
             block = self.blocks[number]
@@ -651,42 +489,28 @@ class ThreadBlock(Model):
                 if block.tails[step] and self.flaw != "reads what the other clears":
                     yield from p.wait_full()
                 yield from grad_out.wait_full()
-                products.issue((v.buffer, number, set()), operand(grad_out, step))
+                products.issue(self._keys(v, number), rows(grad_out, step))
                 if self.flaw == "frees V before dP" and step == block.steps - 1:
-                    v.free()
+                    v.step().free()
                 yield from q.wait_full()
                 if self.flaw != "does not wait for P":
                     yield from p.wait_full()
                 if self.flaw == "frees Q before it has read P":
                     q.free()
-                yield from self._read((p.buffer, (number, step), set()))
+                yield from Operand(p.buffer, (number, step)).read()
                 yield from products.wait(0)
-                yield from self._read(operand(grad_out, step))  # delta lies beside dO
-                grad_out.free()
-                products.issue(operand(q, step))
+                yield from rows(grad_out, step).read()  # delta lies beside dO
+                grad_out.step().free()
+                products.issue(rows(q, step))
                 if self.flaw == "frees Q before dK":
                     q.free()
                 yield from products.wait(0)
                 if not self.flaw.startswith("frees Q"):
                     q.free()
-                for at in (q, grad_out, p):
-                    at.count += 1
+                q.step()
+                p.step()
             if self.flaw != "frees V before dP":
-                v.free()
-            v.count += 1
-
-    def run(self, seed: int) -> None:
-        """Until everyone has come to an end, under one random schedule."""
-        actors = {"loads K and Q": self.load_queries(), "loads V and dO": self.load_gradients()}
-        if self.shape.split == BY_GRADIENTS:
-            actors |= {"computes dV": self.compute_dv(), "computes dK": self.compute_dk()}
-        else:
-            by_keys = self.shape.split == BY_KEYS
-            consume = self.consume_by_keys if by_keys else self.consume_by_columns
-            for group in range(2):
-                actors[f"consumer {group}"] = consume(group)
-                actors[f"takes dQ of {group} away"] = self.take_dq_away(group)
-        self.run_actors(actors, seed)
+                v.step().free()
 
 
 @dataclass(frozen=True)
@@ -704,22 +528,26 @@ class QueryThreadBlock(Model):
     def __init__(self, k_stages: int, v_stages: int, work: list[Rows], flaw: str = "") -> None:
         super().__init__(tile_readers=3)  # the consumers, and who loads dO
         self.work, self.flaw = work, flaw
-        self.k, self.v = Ring("K", k_stages, 2), Ring("V", v_stages, 2)
-        self.q, self.grad_out = ([Ring(f"{x} of {g}", 1, 1) for g in range(2)] for x in ("Q", "dO"))
+        self.k, self.v = Ring(k_stages, 2), Ring(v_stages, 2)
+        self.q, self.grad_out = ([Ring(1, 1) for _ in range(2)] for _ in range(2))
         self.all_cleared = NamedBarrier()
         self.done: list[object] = []
+        self.start("loads K and Q", self.load_queries())
+        self.start("loads V and dO", self.load_gradients())
+        for group in range(2):
+            self.start(f"consumer {group}", self.compute_dq(group))
 
     def _load_tile(self, number: int, keys: Position, slabs: list[Position]) -> Steps:
         for block in range(self.work[number].blocks):
-            yield from self._load(keys, (number, block))
+            yield from self.load(keys.step(), (number, block))
             if block == 0:
                 for slab in slabs:
-                    yield from self._load(slab, number)
+                    yield from self.load(slab.step(), number)
 
     def load_queries(self) -> Steps:
         tile_at, k, slabs = Position(self.tiles), Position(self.k), [Position(q) for q in self.q]
         for number in [*range(len(self.work)), LAST]:
-            yield from self._deal_tile(number, tile_at)
+            yield from self._deal_tile(number, tile_at.step())
             if number != LAST:
                 yield from self._load_tile(number, k, slabs)
 
@@ -734,17 +562,16 @@ class QueryThreadBlock(Model):
         k, v = Position(self.k), Position(self.v)
         q, grad_out = Position(self.q[group]), Position(self.grad_out[group])
 
-        def keys(at: Position, block: int) -> tuple[Buffer, object, set[int]]:
+        def keys(at: Position, block: int) -> Operand:
             is_cleared = rows.tail and block == rows.blocks - 1
-            return at.buffer, (number, block), {0, 1} if is_cleared else set()
+            return Operand(at.buffer, cleared((number, block), {0, 1} if is_cleared else ()))
 
         def wait_for_k(block: int, *, passing: bool = False) -> Steps:
             yield from k.wait_full()
             if rows.tail and block == rows.blocks - 1:
                 if passing and self.flaw == "does not clear what it passes by":
                     return
-                k.buffer.clear(group, (number, block))
-                yield True
+                yield from clear(k, (number, block), group)
                 if self.flaw != "reads what the other clears":
                     yield from self.all_cleared.sync(group)
 
@@ -752,24 +579,21 @@ class QueryThreadBlock(Model):
             for block in range(begin, end):
                 if self.flaw != "passes by what is not there yet":
                     yield from wait_for_k(block, passing=True)
-                k.free()
-                k.count += 1
+                k.step().free()
                 if self.flaw != "passes by what is not there yet":
                     yield from v.wait_full()
-                v.free()
-                v.count += 1
+                v.step().free()
 
-        def slab(at: Position) -> tuple[Buffer, object, set[int]]:
-            return at.buffer, number, set()
+        def slab(at: Position) -> Operand:
+            return Operand(at.buffer, number)
 
         def make_ds() -> Steps:
-            v.free()
-            v.count += 1
-            yield from self._read(slab(grad_out))  # delta lies beside dO
+            v.step().free()
+            yield from slab(grad_out).read()  # delta lies beside dO
 
         def issue_dp(block: int) -> Steps:
             yield from v.wait_full()
-            products.issue(slab(grad_out), (v.buffer, (number, block), set()))
+            products.issue(slab(grad_out), Operand(v.buffer, (number, block)))
             if self.flaw == "frees dO before dP" and block == rows.own[group][1] - 1:
                 grad_out.free()
 
@@ -788,49 +612,40 @@ class QueryThreadBlock(Model):
                 products.issue(slab(q), keys(k, begin))
                 yield from grad_out.wait_full()
                 yield from products.wait(0)
-                yield from self._read(slab(q))  # lse lies beside Q
+                yield from slab(q).read()  # lse lies beside Q
                 yield from issue_dp(begin)
                 yield from products.wait(0)
                 yield from make_ds()
                 for block in range(begin + 1, end):
-                    k.count += 1
+                    before = k.step()
                     yield from wait_for_k(block)
                     products.issue(slab(q), keys(k, block))
-                    products.issue(keys(k.before(), block - 1))
+                    products.issue(keys(before, block - 1))
                     if self.flaw == "frees K before dQ":
-                        k.before().free()
+                        before.free()
                     yield from products.wait(1)
-                    yield from self._read(slab(q))
+                    yield from slab(q).read()
                     yield from issue_dp(block)
                     yield from products.wait(1)
                     if self.flaw != "frees K before dQ":
-                        k.before().free()
+                        before.free()
                     if self.flaw == "frees V before dP":
-                        v.free()
-                        v.count += 1
+                        v.step().free()
                         yield from products.wait(0)
                     else:
                         yield from products.wait(0)
                         yield from make_ds()
             if rows.blocks:
-                q.free()
+                q.step().free()
+                here = grad_out.step()
                 if self.flaw != "frees dO before dP":
-                    grad_out.free()
-                q.count += 1
-                grad_out.count += 1
+                    here.free()
             if begin != end:
                 products.issue(keys(k, end - 1))
                 yield from products.wait(0)
-                k.free()
-                k.count += 1
+                k.step().free()
                 yield from pass_by(end, rows.blocks)
             self.done.append((number, group))
-
-    def run(self, seed: int) -> None:
-        """Until everyone has come to an end, under one random schedule."""
-        actors = {"loads K and Q": self.load_queries(), "loads V and dO": self.load_gradients()}
-        actors |= {f"consumer {group}": self.compute_dq(group) for group in range(2)}
-        self.run_actors(actors, seed)
 
 
 def random_blocks(chance: random.Random) -> list[Block]:

@@ -2,109 +2,31 @@
 
 And nobody multiplies a block that is not yet there, or that the next one has already replaced.
 
-The producer and the consumer warp groups of one thread block are coroutines over the barriers of
-pipeline.cuh, in the order in which producer.cuh and consumer.cuh use them. They yield while they
-wait and are resumed in random order. A run that gets stuck is a deadlock on the GPU, where it would
-be a hang without a word.
+The producer and the consumer warp groups of one thread block use the barriers of
+`flash_attention_testkit.barriers` in the order in which producer.cuh and consumer.cuh use those of
+pipeline.cuh. A product reads its operands from where it is issued until it is waited for.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from flash_attention_testkit.barriers import (
+    HangError,
+    NamedBarrier,
+    Position,
+    Program,
+    Ring,
+    Steps,
+)
+
 FULL, CAUSAL, WINDOW = 0, 1, 2
 WORK_SLOTS = 4
-
-Steps = Iterator[None]
-
-
-@dataclass
-class Barrier:
-    """mbarrier: flips its phase when all arrivals are in."""
-
-    arrivals: int
-    pending: int = field(init=False)
-    phase: int = 0
-
-    def __post_init__(self) -> None:
-        self.pending = self.arrivals
-
-    def arrive(self) -> None:
-        self.pending -= 1
-        if self.pending == 0:
-            self.pending = self.arrivals
-            self.phase ^= 1
-
-    def wait(self, parity: int) -> Steps:
-        while self.phase == parity:
-            yield
-
-
-@dataclass
-class Turn:
-    """Named barrier of two warp groups: one syncs, the other arrives."""
-
-    arrived: int = 0
-    completed: int = 0
-
-    def arrive(self) -> None:
-        self.arrived += 1
-        if self.arrived == 2:
-            self.arrived = 0
-            self.completed += 1
-
-    def sync(self) -> Steps:
-        before = self.completed
-        self.arrive()
-        while self.completed == before:
-            yield
-
-
-class Ring:
-    """Buffers with a full and an empty barrier each."""
-
-    def __init__(self, stages: int, readers: int) -> None:
-        self.stages = stages
-        self.full = [Barrier(1) for _ in range(stages)]
-        self.empty = [Barrier(readers) for _ in range(stages)]
-        self.holds: list[object] = [None] * stages
-
-
-class Position:
-    """RingPosition, with the waits and arrivals at it."""
-
-    def __init__(self, ring: Ring) -> None:
-        self.ring, self.count = ring, 0
-
-    @property
-    def stage(self) -> int:
-        return self.count % self.ring.stages
-
-    @property
-    def phase(self) -> int:
-        return self.count // self.ring.stages & 1
-
-    def wait_full(self) -> Steps:
-        return self.ring.full[self.stage].wait(self.phase)
-
-    def free(self) -> None:
-        self.ring.empty[self.stage].arrive()
-        self.count += 1
-
-    def load(self, what: object) -> Steps:
-        yield from self.ring.empty[self.stage].wait(self.phase ^ 1)
-        self.ring.holds[self.stage] = what
-        yield
-        self.ring.full[self.stage].arrive()
-        self.count += 1
-
-    def is_read(self, what: object) -> None:
-        assert self.ring.holds[self.stage] == what
 
 
 @dataclass(frozen=True)
@@ -164,169 +86,121 @@ def tiles_of(shape: Shape, mask: int, seq_q: int, seq_k: int, left: int, right: 
     return tiles
 
 
-class ThreadBlock:
+class ThreadBlock(Program):
     """One thread block at work on a list of tiles."""
 
     def __init__(self, shape: Shape, tiles: list[Tile], *, asks_early: bool = False) -> None:
+        super().__init__()
         self.shape, self.tiles, self.asks_early = shape, tiles, asks_early
         self.k = Ring(shape.kv_stages, shape.warpgroups)
         self.v = Ring(shape.kv_stages, shape.warpgroups)
         self.q = [Ring(shape.q_stages, 1) for _ in range(shape.warpgroups)]
         self.work = Ring(WORK_SLOTS, shape.warpgroups)
-        self.turns = [Turn() for _ in range(shape.warpgroups)]
-        self.published: list[Tile | None] = []
+        self.turns = [NamedBarrier() for _ in range(shape.warpgroups)]
+        self.start("producer", self.producer())
+        for group in range(shape.warpgroups):
+            self.start(f"consumer {group}", self.consumer(group))
+
+    def publish(self, at: Position, number: int) -> Steps:
+        yield from at.wait_empty()
+        at.buffer.write(number)
+        at.fill()
 
     def producer(self) -> Steps:
         k, v, work = Position(self.k), Position(self.v), Position(self.work)
         q = [Position(ring) for ring in self.q]
-        for number, tile in enumerate([*self.tiles, None]):
-            self.published.append(tile)
-            yield from work.load(number)
-            if tile is None:
-                return
+        for number, tile in enumerate(self.tiles):
+            yield from self.publish(work.step(), number)
             if self.shape.q_stages == 1:
-                yield from k.load((number, tile.end - 1))
+                yield from self.load(k.step(), (number, tile.end - 1))
             for slab in q:
-                yield from slab.load(number)
+                yield from self.load(slab.step(), number)
             if self.shape.q_stages != 1:
-                yield from k.load((number, tile.end - 1))
+                yield from self.load(k.step(), (number, tile.end - 1))
             for block in reversed(range(tile.begin + 1, tile.end)):
-                yield from k.load((number, block - 1))
-                yield from v.load((number, block))
-            yield from v.load((number, tile.begin))
+                yield from self.load(k.step(), (number, block - 1))
+                yield from self.load(v.step(), (number, block))
+            yield from self.load(v.step(), (number, tile.begin))
+        yield from self.publish(work.step(), len(self.tiles))  # there are no more
+
+    def pass_turn(self, group: int) -> None:
+        self.turns[(group + 1) % self.shape.warpgroups].arrive(group)
+
+    def take_turn(self, group: int) -> Steps:
+        yield from self.turns[group].sync(group)
+        self.pass_turn(group)
+
+    def pass_by(self, at: Position) -> Steps:
+        """A block that only other consumers need."""
+        yield from at.wait_full()
+        at.free()
+
+    def first_scores(
+        self, number: int, group: int, q: Position, k: Position
+    ) -> Generator[Any, None, tuple[Position, Position]]:
+        """Issue those of a tile; where their Q and K are."""
+        mine, query = self.tiles[number].consumers[group], q.step()
+        yield from query.take(number)
+        for _ in range(mine.skip_first):
+            yield from self.pass_by(k.step())
+        keys = k.step()
+        yield from keys.take((number, mine.end - 1))
+        if self.shape.q_in_registers:
+            yield
+            query.give()
+        return query, keys
 
     def consumer(self, group: int) -> Steps:
         k, v, work = Position(self.k), Position(self.v), Position(self.work)
         q = Position(self.q[group])
-        following = self.turns[(group + 1) % self.shape.warpgroups]
 
-        def wait_q() -> Steps:
-            yield from q.wait_full()
-
-        def free_loaded_q() -> Steps:
-            if self.shape.q_in_registers:
-                yield
-                q.is_read(number)
-                q.ring.empty[q.stage].arrive()
-
-        def wait_first_k(skip: int) -> Steps:
-            yield from k.wait_full()
-            for _ in range(skip):
-                k.free()
-                yield from k.wait_full()
-
-        def scores_read(block: int) -> None:
-            k.is_read((number, block))
-            work.is_read(number)
-            if not self.shape.q_in_registers:
-                q.is_read(number)
-
-        def free_q_after(block: int) -> None:
+        def free_scored(block: int) -> None:
+            keys.give()
             if not self.shape.q_in_registers and block == mine.begin:
-                q.ring.empty[q.stage].arrive()
+                query.give()
 
-        number = 0
         if group == self.shape.warpgroups - 1:
-            following.arrive()
-        yield from work.wait_full()
-        tile = self.published[0]
-        if tile is None:
-            return
-        yield from wait_q()
-        yield from wait_first_k(tile.consumers[group].skip_first)
-        yield from free_loaded_q()
-        while True:
+            self.pass_turn(group)
+        dealt = work.step()
+        yield from dealt.take(0)
+        query, keys = yield from self.first_scores(0, group, q, k)
+        for number, tile in enumerate(self.tiles):
             mine = tile.consumers[group]
             yield  # the first scores
-            scores_read(mine.end - 1)
-            k.free()
-            free_q_after(mine.end - 1)
+            free_scored(mine.end - 1)
             for _ in range(mine.skip_first):
-                yield from v.wait_full()
-                v.free()
-                yield from self.turns[group].sync()
-                following.arrive()
+                yield from self.pass_by(v.step())
+                yield from self.take_turn(group)
             for block in reversed(range(mine.begin, mine.end - 1)):
-                yield from k.wait_full()
-                yield from self.turns[group].sync()
-                yield from v.wait_full()
-                following.arrive()
-                v.is_read((number, block + 1))
+                keys, values = k.step(), v.step()
+                yield from keys.take((number, block))
+                yield from self.turns[group].sync(group)
+                yield from values.take((number, block + 1))
+                self.pass_turn(group)
                 yield  # the scores
-                scores_read(block)
-                k.free()
-                free_q_after(block)
+                free_scored(block)
                 yield  # the output
-                v.is_read((number, block + 1))
-                v.free()
+                values.give()
             if self.asks_early:
-                work.count += 1
                 yield from work.wait_full()
-                work.count -= 1
-            yield from v.wait_full()
-            yield from self.turns[group].sync()
-            following.arrive()
-            v.is_read((number, mine.begin))
+            values = v.step()
+            yield from values.take((number, mine.begin))
+            yield from self.take_turn(group)
             if mine.skip_last:
                 yield  # the output
-                v.is_read((number, mine.begin))
-                v.free()
+                values.give()
                 for _ in range(mine.skip_last):
-                    yield from k.wait_full()
-                    k.free()
-                    yield from self.turns[group].sync()
-                    following.arrive()
-                    yield from v.wait_full()
-                    v.free()
-            q.count += 1
-            stored = work.stage
-            work.count += 1
-            number += 1
-            yield from work.wait_full()
-            following_tile = self.published[work.count]
-            if following_tile is not None:
-                yield from wait_q()
-                yield from wait_first_k(following_tile.consumers[group].skip_first)
-                yield from free_loaded_q()
+                    yield from self.pass_by(k.step())
+                    yield from self.take_turn(group)
+                    yield from self.pass_by(v.step())
+            done, dealt = dealt, work.step()
+            yield from dealt.take(number + 1)
+            if number + 1 < len(self.tiles):
+                query, keys = yield from self.first_scores(number + 1, group, q, k)
             yield  # the output
             if not mine.skip_last:
-                v.is_read((number - 1, mine.begin))
-                v.free()
-            assert self.work.holds[stored] == number - 1
-            self.work.empty[stored].arrive()
-            if following_tile is None:
-                return
-            tile = following_tile
-
-    def finishes(self, seed: int) -> bool:
-        """Whether everyone comes to an end under one random schedule."""
-        schedule = random.Random(seed)
-        actors = [self.producer(), *(self.consumer(g) for g in range(self.shape.warpgroups))]
-        idle = 0
-        while actors:
-            before = self._state()
-            actor = schedule.choice(actors)
-            try:
-                next(actor)
-            except StopIteration:
-                actors.remove(actor)
-                idle = 0
-                continue
-            idle = idle + 1 if self._state() == before else 0
-            # A coroutine passes few points without touching a barrier: so long a rest is for ever.
-            if idle > 400:
-                return False
-        return True
-
-    def _state(self) -> int:
-        rings = [self.k, self.v, self.work, *self.q]
-        barriers = [b for ring in rings for b in (*ring.full, *ring.empty)]
-        return hash(
-            (
-                tuple((b.pending, b.phase) for b in barriers),
-                tuple((t.arrived, t.completed) for t in self.turns),
-            )
-        )
+                values.give()
+            done.give()
 
 
 def random_tiles(shape: Shape, mask: int, chance: random.Random) -> list[Tile]:
@@ -356,7 +230,7 @@ def test_no_tile_of_the_table_can_hang(planner: Any) -> None:
                 q_in_registers=bool(trial % 2),
             )
             tiles = random_tiles(shape, tile.mask, chance)
-            assert ThreadBlock(shape, tiles).finishes(trial), (row, trial, tiles)
+            ThreadBlock(shape, tiles).run(trial)
 
 
 @pytest.mark.parametrize("mask", [FULL, CAUSAL, WINDOW])
@@ -371,12 +245,13 @@ def test_rows_that_need_few_blocks_cannot_hang(mask: int) -> None:
             q_in_registers=chance.random() < 0.5,
         )
         tiles = random_tiles(shape, mask, chance)
-        assert ThreadBlock(shape, tiles).finishes(trial), (shape, tiles)
+        ThreadBlock(shape, tiles).run(trial)
 
 
 def test_asking_for_the_next_tile_before_the_last_turn_hangs() -> None:
     # What the kernel once did: the model must be able to say so.
     shape = Shape(warpgroups=3, q_stages=2, kv_stages=3, block_n=128)
     tiles = tiles_of(shape, FULL, seq_q=512, seq_k=512, left=0, right=0)
-    assert not ThreadBlock(shape, tiles, asks_early=True).finishes(0)
-    assert ThreadBlock(shape, tiles).finishes(0)
+    with pytest.raises(HangError):
+        ThreadBlock(shape, tiles, asks_early=True).run(0)
+    ThreadBlock(shape, tiles).run(0)
