@@ -24,6 +24,7 @@ from flash_attention_registry import (
     request,
 )
 from flash_attention_registry.discovery import Discovery, Scan
+from flash_attention_registry.half_built import undo_on_failure
 from flash_attention_registry.scope import ImplScope
 
 PACKAGE = str(Path(flash_attention_registry.__file__).parent)
@@ -92,7 +93,9 @@ class Stage:
         self.register("leaves with an error", at_remove=Planned)
         self.register("leaves interrupted", at_remove=KeyboardInterrupt)
         self.register("c")
-        self.registry.register("gives no handle", register_fn=object)
+        self.registry.register(
+            "gives no handle", register_fn=lambda: self.leave_half_built("gives no handle")
+        )
 
     def register(self, name, *, at_install=None, at_remove=None, spared=0, **options) -> None:
         self.registry.register(
@@ -100,12 +103,13 @@ class Stage:
         )
 
     def installer(self, name, at_install=None, at_remove=None, spared=0):
-        """A `register_fn` that raises from a given time on, or whose handles raise."""
+        """A `register_fn` that raises half way from a given time on, or whose handles raise."""
         installations = []
 
         def install():
             installations.append(name)
             if at_install is not None and len(installations) > spared and not self.calm:
+                self.leave_half_built(name)
                 raise at_install
             library = self.kernels.installer(name)()
             remove = library.remove
@@ -119,6 +123,18 @@ class Stage:
             return library
 
         return install
+
+    def leave_half_built(self, name) -> object:
+        """Install kernels of which nobody gets the handle."""
+        installed = self.kernels.installed
+
+        def undo():
+            if name in installed:
+                installed.remove(name)
+
+        undo_on_failure(undo)
+        installed.append(name)
+        return object()
 
     def use(self, name) -> None:
         with ImplScope(self.registry, name):

@@ -179,6 +179,7 @@ class Slot(ForkSensitive):
             if swap.target is not None:
                 active = Active(swap.target, swap.installation.result)
             return active, self._news_of(swap, active)
+        swap.installation.undo()
         if previous is None or not previous.removal.begun:
             return previous, self._news
         active = put_back(previous, swap.way_back, turn, error)

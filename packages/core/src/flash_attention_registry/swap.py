@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flash_attention_registry.errors import add_note, describe
+from flash_attention_registry.half_built import Installation
 from flash_attention_registry.indivisible import Call
 from flash_attention_registry.installing import has_given_handle, install
 
@@ -63,8 +64,8 @@ class Swap:
         self.previous = previous
         self.target = target
         self.removal_failure: Exception | None = None
-        self.installation = Call()
-        self.way_back = Call()
+        self.installation = Installation()
+        self.way_back = Installation()
         self.outcome: tuple[Active | None, list[News]] | None = None
 
     def removal(self) -> Call:
@@ -80,7 +81,7 @@ class Swap:
 
 
 def put_back(
-    previous: Active, way_back: Call, turn: Turn, error: BaseException | None
+    previous: Active, way_back: Installation, turn: Turn, error: BaseException | None
 ) -> Active | None:
     """Install `previous` again because of `error`; settle for stock if that fails too."""
     if not way_back.begun:
@@ -99,5 +100,7 @@ def put_back(
             turn.warn(text)
             if not isinstance(second, Exception):
                 turn.raise_after(second)
-    given = has_given_handle(way_back)
-    return Active(previous.registration, way_back.result) if given else None
+    if has_given_handle(way_back):
+        return Active(previous.registration, way_back.result)
+    way_back.undo()
+    return None

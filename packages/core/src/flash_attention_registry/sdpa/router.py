@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from flash_attention_registry import environment
 from flash_attention_registry.fork import ForkSafeLock
+from flash_attention_registry.half_built import undo_on_failure
 
 from .capabilities import KernelSet
 from .counters import counter_of
@@ -60,9 +62,7 @@ class InstalledKernels:
 
         Calls that are running finish on this kernel set; calls that begin later are stock's.
         """
-        with _guard.lock:
-            if self._slot.kernels is self._kernels:
-                self._slot.switch(None)
+        _replace(self._slot, self._kernels, None)
 
 
 def install(
@@ -80,7 +80,8 @@ def install(
         native: Serves calls before they come to a router, while `kernel_set` is installed.
 
     Returns:
-        A handle whose `remove()` puts stock back.
+        A handle whose `remove()` puts stock back. Inside of a `register_fn` it need not be kept for
+        the case of a failure: the registry then puts back what was installed before.
 
     Warns:
         RuntimeWarning: Another library's Python kernel stands below the routers, or has since been
@@ -119,6 +120,7 @@ def install(
             slot.library = _install_routers(device_type, slot)
         if native is not None and native not in slot.natives:
             _put_in(native, device_type, slot)
+        undo_on_failure(partial(_replace, slot, kernels, slot.kernels))
         slot.switch(kernels)
     return InstalledKernels(slot, kernels)
 
@@ -203,6 +205,13 @@ def uninstall(device_type: str = "cuda") -> None:
         slot.routes, slot.natives, slot.texts = {}, [], {}
         if library is not None:
             take_out(library)
+
+
+def _replace(slot: Slot, kernels: ActiveKernels, by: ActiveKernels | None) -> None:
+    """Put `by` in the place of `kernels`, unless another kernel set has taken it since."""
+    with _guard.lock:
+        if slot.kernels is kernels:
+            slot.switch(by)
 
 
 def _slot_of(device_type: str) -> Slot:
