@@ -398,6 +398,7 @@ def test_what_ails_every_test_is_told_once_in_full(
     lines = result.outlines
     assert len(fnmatch.filter(lines, in_full)) == 1
     assert len(fnmatch.filter(lines, briefly)) == errors - 1
+    assert not fnmatch.filter(lines, "*another exception*")
 
 
 def test_without_a_name_the_run_says_how_to_give_one(standalone) -> None:

@@ -78,11 +78,11 @@ class ProviderTestsBase:
                 pytest.skip(str(error))
             if is_first(pytestconfig, f"{provider}: {error}"):
                 raise
-            pytest.fail(
+            raise pytest.fail.Exception(
                 f"{provider} could not be activated here either ({type(error).__name__}); the "
                 "first error says why",
                 pytrace=False,
-            )
+            ) from None
         serving = installed_kernel_sets()
         if not serving:
             pytest.fail(
