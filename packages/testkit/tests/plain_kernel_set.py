@@ -256,6 +256,39 @@ class PlainKernelSet:
         return target.copy_(rows_first if like.dim() == 4 else rows_first[0])
 
 
+class PlainHeadsFirst(PlainKernelSet):
+    """With the shortcut for SDPA's layout, of two steps."""
+
+    def forward_heads_first(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+        lse_of_empty_rows: float,
+    ) -> str | None:
+        """Write out and lse of tensors `[B, H, S, D]`, or say why not."""
+        q, k, v, target = (x.transpose(1, 2) for x in (query, key, value, out))
+        call = AttentionCall(
+            q, k, v, scale, causal, out=target, lse_of_empty_rows=lse_of_empty_rows
+        )
+        reason = self.shortcut_declines(call)
+        if reason is None:
+            lse.copy_(self.shortcut_runs(call)[1].view(lse.shape))
+        return reason
+
+    def shortcut_declines(self, call: AttentionCall) -> str | None:
+        """None if the shortcut serves the call, else why not."""
+        return self.supports(call)
+
+    def shortcut_runs(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Out, written to the call's, and lse."""
+        return self.forward(call)
+
+
 def _places(call: AttentionCall) -> tuple[Tensor, Tensor]:
     rows, keys = (torch.arange(x.shape[-3], device=x.device) for x in (call.query, call.key))
     return rows, keys

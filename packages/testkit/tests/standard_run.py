@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_kernel_set import PlainKernelSet
+from plain_kernel_set import PlainHeadsFirst, PlainKernelSet
 
 from flash_attention_registry import default_registry, register_flash_attention_impl
 from flash_attention_registry.sdpa import KernelSet, install
@@ -62,6 +62,11 @@ def let_correct_appear(dtype: torch.dtype, stage: Stage) -> None:
     usual = replace(grids.USUAL_CAPABILITIES, dtypes=frozenset({dtype}))
     stage.patch.setattr(grids, "USUAL_CAPABILITIES", usual)
     offer(OfOneDtype)
+
+
+def let_correct_shortcut_appear(stage: Stage) -> None:
+    """Offer the plain kernel set with the shortcut for SDPA's layout."""
+    offer(PlainHeadsFirst)
 
 
 @contextmanager

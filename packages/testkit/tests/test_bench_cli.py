@@ -75,7 +75,11 @@ def test_the_interpreter_runs_a_grid_and_the_record_says_whose_times_they_are(
         (["--register", "math:no_such_function"], "no attribute 'no_such_function'"),
         (["--only"], "needs the names"),
         (["nobody"], "unknown: nobody; there are native"),
+        (["--head-dim", "0"], "sizes must be at least 1, found head_dims [0]"),
+        (["--seq-len", "1024", "0"], "sizes must be at least 1"),
+        (["--batch", "0"], "sizes must be at least 1"),
         (["--output", "no/such/folder/x.json"], "there is no folder"),
+        (["--output", "."], "--output . is a folder; name a file in it"),
     ],
 )
 @pytest.mark.usefixtures("on_cpu")

@@ -14,7 +14,12 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # packages' tests are no packages themselves
 
-from standard_run import failed_tests, let_correct_appear, processes
+from standard_run import (
+    failed_tests,
+    let_correct_appear,
+    let_correct_shortcut_appear,
+    processes,
+)
 
 Runs: TypeAlias = "dict[tuple[str, int], Future[dict[str, str]]]"
 """What fails, by dtype and seed; the runs go on meanwhile."""
@@ -46,8 +51,17 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
 
 def asked_for(request: pytest.FixtureRequest, gpu: bool) -> list[tuple[str, int]]:
     """Dtypes and seeds of this module's tests on this device."""
-    params = [item.callspec.params for item in request.session.items if item.path == request.path]
+    params = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
     return [(param["dtype"], param["seed"]) for param in params if param["runs"] is gpu]
+
+
+def told(failed: dict[str, str]) -> str:
+    """Tests that have failed and how."""
+    return "\n\n".join(f"{test}\n{text}" for test, text in failed.items())
 
 
 @every_dtype
@@ -57,4 +71,12 @@ def asked_for(request: pytest.FixtureRequest, gpu: bool) -> list[tuple[str, int]
 )
 def test_a_correct_provider_raises_no_false_alarm(runs: Runs, dtype: str, seed: int) -> None:
     failed = runs[dtype, seed].result()
-    assert not failed, "\n\n".join(f"{test}\n{text}" for test, text in failed.items())
+    assert not failed, told(failed)
+
+
+def test_a_correct_shortcut_raises_no_false_alarm() -> None:
+    with processes(gpu=False) as pool:
+        failed = pool.submit(
+            failed_tests, let_correct_shortcut_appear, "--flash-attention-grid=quick"
+        ).result()
+    assert not failed, told(failed)

@@ -258,6 +258,7 @@ def test_report_shows_every_tensor_and_its_verdict(square) -> None:
         ("dk", "ok"),
         ("dv", "ok"),
     ]
+    assert [line.split()[0] for line in lines if line.split()[-2] == "-"] == ["lse"]
     with pytest.raises(KeyError, match="checked were out, lse, dq, dk, dv"):
         report["delta"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -333,11 +334,13 @@ def test_the_grid_depends_on_the_device_unless_asked_for(
 
 @pytest.fixture
 def standalone(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
-    """Runs a single standard test of an implementation that the command line names."""
+    """Runs a single standard test, or some, of an implementation that the command line names."""
 
-    def run_standalone(*arguments: str) -> pytest.RunResult:
+    def run_standalone(
+        *arguments: str, keyword: str = "test_kernel_set_has_a_name"
+    ) -> pytest.RunResult:
         module = "flash_attention_testkit.standalone"
-        few = ("-k", "test_kernel_set_has_a_name", "-p", "no:cacheprovider", "-rA")
+        few = ("-k", keyword, "-p", "no:cacheprovider", "-rA")
         return pytester.runpytest("--pyargs", module, *few, *arguments)
 
     return run_standalone
@@ -372,6 +375,30 @@ def test_an_unknown_name_is_told_with_those_that_are_known(standalone) -> None:
     result = standalone("--flash-attention-impl", "kit-plane")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*Unknown flash attention impl 'kit-plane'*kit-plain*"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "in_full", "briefly"),
+    [
+        (
+            ["--flash-attention-impl", "kit-plane"],
+            "E  *UnknownImplError: Unknown flash attention impl 'kit-plane'*",
+            "kit-plane could not be activated here either (UnknownImplError); the first error *",
+        ),
+        ([], "E  *need a fixture `provider`*", "no implementation is named; see the first error"),
+    ],
+    ids=["unknown", "none"],
+)
+def test_what_ails_every_test_is_told_once_in_full(
+    standalone, arguments: list[str], in_full: str, briefly: str
+) -> None:
+    result = standalone(*arguments, keyword="test_head_dims_are_served_as_declared")
+    errors = result.parseoutcomes()["errors"]
+    assert errors > 5
+    lines = result.outlines
+    assert len(fnmatch.filter(lines, in_full)) == 1
+    assert len(fnmatch.filter(lines, briefly)) == errors - 1
+    assert not fnmatch.filter(lines, "*another exception*")
 
 
 def test_without_a_name_the_run_says_how_to_give_one(standalone) -> None:

@@ -112,8 +112,13 @@ class ParityReport:
         rows = [
             f"{tensor.name:4} {tensor.max_error:10.2e} {tensor.max_limit:10.2e} "
             f"{tensor.rms_error:10.2e} {tensor.rms_limit:10.2e} "
-            f"{tensor.local_error:10.2e} {tensor.local_limit:10.2e}  "
+            f"{tensor.local_error:10.2e} {_limit(tensor.local_limit):>10}  "
             f"{'ok' if tensor.passed else 'FAILED'}"
             for tensor in self.tensors
         ]
         return "\n".join([header, *rows])
+
+
+def _limit(limit: float) -> str:
+    """A limit as a table shows it: a dash where there is none."""
+    return "-" if limit == float("inf") else f"{limit:.2e}"

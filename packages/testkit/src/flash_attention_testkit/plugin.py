@@ -83,6 +83,17 @@ def why_no_gpu() -> str | None:
     return None
 
 
+_TOLD = pytest.StashKey[set[str]]()
+
+
+def is_first(config: pytest.Config, failure: str) -> bool:
+    """Whether a failure that all tests of a run meet is met for the first time, to be told once."""
+    told = config.stash.setdefault(_TOLD, set())
+    first = failure not in told
+    told.add(failure)
+    return first
+
+
 @pytest.fixture
 def provider(request: pytest.FixtureRequest) -> str:
     """The name of the implementation that ``ProviderTests`` test; to be given by its author.
@@ -91,6 +102,8 @@ def provider(request: pytest.FixtureRequest) -> str:
     """
     name = request.config.getoption("flash_attention_impl")
     if name is None:
+        if not is_first(request.config, "no name"):
+            pytest.fail("no implementation is named; see the first error", pytrace=False)
         raise pytest.UsageError(
             "ProviderTests need a fixture `provider` that returns the implementation's name, in "
             "the class, its module or a conftest.py; or name one on the command line: "

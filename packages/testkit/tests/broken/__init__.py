@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broken import contract, device, dispatch, parity, rare, robustness
+from broken import contract, device, dispatch, heads_first, parity, rare, robustness
 from broken.table import BROKEN, let_appear, unexpected, unmatched
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "contract",
     "device",
     "dispatch",
+    "heads_first",
     "let_appear",
     "parity",
     "rare",

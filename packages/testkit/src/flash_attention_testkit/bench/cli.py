@@ -211,6 +211,8 @@ def _measure(words: list[str]) -> int:
         parser.error("--only needs the names of what to measure")
     if options.output is not None and not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: there is no folder {options.output.parent}")
+    if options.output is not None and options.output.is_dir():
+        parser.error(f"--output {options.output} is a folder; name a file in it")
     device = _device()
     cells = _cells(options, parser, device)
     for reference in options.register:

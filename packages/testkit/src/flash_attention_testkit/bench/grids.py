@@ -212,6 +212,11 @@ def own_grid(
     Raises:
         ValueError: A combination is none that a kernel could be asked for.
     """
+    if min((*head_dims, *seq_lens), default=1) < 1:  # heads and batches are computed from them
+        raise ValueError(
+            f"sizes must be at least 1, found head_dims {list(head_dims)} and seq_lens "
+            f"{list(seq_lens)}"
+        )
     for direction, dtype, head_dim, seq_len, masked in itertools.product(
         directions, dtypes, head_dims, seq_lens, causal
     ):

@@ -42,8 +42,9 @@ class ProviderTests(ContractTests, DispatchTests, ParityTests, RobustnessTests, 
       as the registry needs them.
     * **Dispatch**: every op of torch by which attention comes serves, in every schema that this
       torch has: strides, shapes and dtypes of all results are as torch's meta functions declare
-      them, arguments mean what they say, memory is shared with nobody, and what is declined gives
-      torch's own bits. The CUDA ops are called without a GPU too, if the kernels take CPU tensors.
+      them, arguments mean what they say, memory is shared with nobody, a shortcut for SDPA
+      (``HeadsFirst``) gives the bits of ``forward``, and what is declined gives torch's own bits.
+      The CUDA ops are called without a GPU too, if the kernels take CPU tensors.
     * **Parity**: out, lse and gradients of a grid of cases are as right as their dtype allows,
       masks are exact, calls repeat.
     * **Robustness**: any strides, numbers that are NaN or infinite, threads, streams and CUDA

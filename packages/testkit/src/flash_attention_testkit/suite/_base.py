@@ -13,7 +13,7 @@ from flash_attention_registry import ImplUnavailableError, Registry, RestoreErro
 from flash_attention_registry.environment import DISABLE, IMPL, STRICT
 from flash_attention_registry.sdpa import install, installed_kernel_sets, reset_dispatch_counts
 from flash_attention_testkit.grids import GridName, case_grid
-from flash_attention_testkit.plugin import why_no_gpu
+from flash_attention_testkit.plugin import is_first, why_no_gpu
 from flash_attention_testkit.suite._subject import Subject
 
 _GUARD = "test_standard_tests_are_not_overridden"
@@ -71,16 +71,25 @@ class ProviderTestsBase:
         asked_for = provider == pytestconfig.getoption("flash_attention_impl")
         try:
             registry.activate(provider)
-        except ImplUnavailableError as error:
+        except Exception as error:
             # Whose provider could not even be loaded is broken, not unavailable.
-            if asked_for or registry.registration(provider) is None:
+            loaded = registry.registration(provider) is not None
+            if isinstance(error, ImplUnavailableError) and loaded and not asked_for:
+                pytest.skip(str(error))
+            if is_first(pytestconfig, f"{provider}: {error}"):
                 raise
-            pytest.skip(str(error))
+            raise pytest.fail.Exception(
+                f"{provider} could not be activated here either ({type(error).__name__}); the "
+                "first error says why",
+                pytrace=False,
+            ) from None
         serving = installed_kernel_sets()
-        assert serving, (
-            f"{provider} is active but has installed no kernel set; its register_fn must call "
-            "flash_attention_registry.sdpa.install and return the handle"
-        )
+        if not serving:
+            pytest.fail(
+                f"{provider} is active but has installed no kernel set; its register_fn must call "
+                "flash_attention_registry.sdpa.install and return the handle",
+                pytrace=False,
+            )
         for device_type in ("cuda", "cpu"):
             if device_type in serving and (device_type == "cpu" or torch.cuda.is_available()):
                 device = torch.device(device_type)
@@ -88,7 +97,7 @@ class ProviderTestsBase:
                 return Subject(provider, serving[device_type], device, seed)
         reason = f"{provider} serves {', '.join(serving)} only, and torch finds no such device"
         if asked_for:
-            pytest.fail(reason)
+            pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
 
     def test_standard_tests_are_not_overridden(self) -> None:
