@@ -18,6 +18,7 @@ __all__ = [
     "TensorArg",
     "error_text",
     "load",
+    "load_from",
 ]
 
 LIBRARY = Path(__file__).with_name("lib") / "libfa4_cuda.so"
@@ -185,23 +186,28 @@ def load() -> ctypes.CDLL:
     Raises:
         LibraryError: It is not there, cannot be loaded, or is of another build.
     """
-    if not LIBRARY.exists():
+    return load_from(LIBRARY)
+
+
+def load_from(path: Path) -> ctypes.CDLL:
+    """Load a build of the library that may lie elsewhere; see `load`."""
+    if not path.exists():
         raise LibraryError(
             "the kernels of fa4-cuda are not compiled. In a checkout, compile them with "
             "`hatch run build-cuda`; elsewhere, install the wheel again: "
             "pip install --force-reinstall fa4-cuda"
         )
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(path))
         for name, result, parameters in FUNCTIONS:
             function = getattr(library, name)
             function.restype, function.argtypes = result, parameters
     except (OSError, AttributeError) as error:
-        raise LibraryError(f"{LIBRARY.name} cannot be loaded: {error}. {_ANEW}") from error
+        raise LibraryError(f"{path.name} cannot be loaded: {error}. {_ANEW}") from error
     found = library.fa4_abi_version()
     if found != ABI_VERSION:
         raise LibraryError(
-            f"{LIBRARY.name} is of another build: its interface has number {found}, and this "
+            f"{path.name} is of another build: its interface has number {found}, and this "
             f"package expects {ABI_VERSION}. {_ANEW}"
         )
     return library
