@@ -79,11 +79,10 @@ class DeclinesADtypeThatItDeclares(PlainKernelSet):
     "test_head_dims_are_served_as_declared",
     "test_features_are_served_as_declared",
     "test_another_device_is_declined",
+    "test_declined_calls_are_counted_with_a_reason",
     "test_declared_cases_are_served_and_others_declined",
 )
 class DeclinesWithoutAReason(PlainKernelSet):
-    """Its calls are counted all the same: as errors of `supports`."""
-
     def supports(self, call: AttentionCall) -> str | None:
         return None if super().supports(call) is None else ""
 

@@ -90,11 +90,13 @@ class DeclineTests(ProviderTestsBase):
     def test_declined_calls_are_counted_with_a_reason(
         self, subject: Subject, asks_for: str
     ) -> None:
-        """``dispatch_counts()`` has each of them, once."""
+        """``dispatch_counts()`` has each of them, once, and not as an error of the kernel set."""
         _outcome(_declined_call(subject, asks_for))
         declined: Mapping[str, int] = dispatch_counts()[_op_of(subject)].declined
         assert list(declined.values()) == [1], f"one call was declined: {dict(declined)}"
         assert all(reason.strip() for reason in declined)
+        errors = [reason for reason in declined if reason.startswith("kernel raised")]
+        assert not errors, f"the call was not declined, the kernel set failed: {errors}"
 
     def test_gradients_are_served_if_declared(self, subject: Subject) -> None:
         """Where gradients are declared, they are served too."""
