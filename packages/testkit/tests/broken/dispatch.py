@@ -183,7 +183,10 @@ def out_is_contiguous_whatever_the_query(stage: Stage) -> None:
     served = cpu.serve_bhsd
 
     def serve(*args: Any) -> Any:
-        out, lse = served(*args)
+        result = served(*args)
+        if isinstance(result, str):
+            return result  # the reason to decline
+        out, lse = result
         return out.contiguous(), lse
 
     stage.patch.setattr(cpu, "serve_bhsd", serve)
