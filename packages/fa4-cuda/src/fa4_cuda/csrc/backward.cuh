@@ -4,20 +4,22 @@
 
 #include "backward_by_columns.cuh"
 #include "backward_by_keys.cuh"
+#include "backward_upkeep.cuh"
 #include "backward_wide_keys.cuh"
 #include "overlap.cuh"
 
 namespace fa4 {
 
 // By a warp, for one of the warp groups.
-template <int kTileIndex>
+template <int kTileIndex, Element kElement>
 __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
                                              const BackwardLayout<kTileIndex>& layout,
                                              int warpgroup) {
   constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
   const auto take = [&](auto taker) {
     if (params.turns == nullptr) {
-      taker.run();
+      taker.run(SumsUpkeep<kBackwardTiles[kTileIndex], kElement>(
+          params, warpgroup, layout.upkeep + warpgroup * kTile.upkeep_bytes_of_a_warp()));
     } else {
       taker.run_in_turns();
     }
@@ -54,7 +56,8 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     } else if (threadIdx.x == 32) {
       produce_backward<Supply::kGradients>(params, layout);
     } else if (threadIdx.x >= 64) {
-      if constexpr (!kTile.has_dq_kernel()) take_dq_away(params, layout, (threadIdx.x >> 5) - 2);
+      if constexpr (!kTile.has_dq_kernel())
+        take_dq_away<kTileIndex, kElement>(params, layout, (threadIdx.x >> 5) - 2);
     }
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();

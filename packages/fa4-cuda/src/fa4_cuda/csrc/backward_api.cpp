@@ -149,10 +149,20 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
     params.n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
     params.section = section_of(args, tile, window.mask, plan);
     params.tiles = params.n_blocks * args.heads_k * args.batch;
+    if (queries && tends_sums(plan)) {
+      params.converted = reinterpret_cast<int*>(memory + workspace.converted);
+      params.zeroed = reinterpret_cast<int*>(memory + workspace.zeroed);
+      params.added = reinterpret_cast<int*>(memory + workspace.added);
+      // A section's sums are zeroed by the one that comes earlier by as many as it takes for tiles
+      // of that one to have ended. A head is complete when all of its section have.
+      const int section = params.section * params.n_blocks;
+      params.zero_lead = (plan.grid + plan.grid / 2 + section - 1) / section * section;
+      params.convert_lag = section + plan.grid;
+    }
     // Tiles differ in length under a mask: whoever is free draws the next. The counter is zeroed
     // with the rows of the queries.
-    const bool draws =
-        queries && (packed || window.mask != Mask::kFull || takes_turns(plan));
+    const bool draws = queries && (packed || window.mask != Mask::kFull || takes_turns(plan) ||
+                                   (tile.zeroes_ahead() && tends_sums(plan)));
     const auto counter = [&](int64_t place) {
       return draws ? reinterpret_cast<int*>(memory + place) : nullptr;
     };
