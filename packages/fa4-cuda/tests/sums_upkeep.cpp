@@ -67,6 +67,7 @@ class Launch {
     params_.zero_lead = call.lead * params_.section * params_.n_blocks;
     params_.convert_lag = call.lag;
 
+    params_.section = min(params_.section, params_.batch * params_.heads_k);
     const int64_t heads = packed_ ? call.heads_q : int64_t{call.batch} * call.heads_q;
     units_ = params_.workspace_rows * heads / 64;
     sums_.assign(units_ * kUnitSums, std::numeric_limits<float>::quiet_NaN());
@@ -82,15 +83,20 @@ class Launch {
     params_.dq.stride_seq = static_cast<int64_t>(call.heads_q) * call.head_dim;
     params_.dq.stride_batch = packed_ ? 0 : params_.seq_q * params_.dq.stride_seq;
     params_.dq_sums = sums_.data();
-    params_.zeroed = zeroed_.data();
-    params_.added = added_.data();
-    params_.converted = converted_.data();
+    if (params_.seq_q > 0) {  // or nothing is prepared
+      params_.zeroed = zeroed_.data();
+      params_.added = added_.data();
+      params_.converted = converted_.data();
+    }
     prepare();
   }
 
   void run() {
     host::Machine machine;
     host::machine = &machine;
+    machine.may_tell_while_adding = [this](const int* counter) {
+      return counter >= zeroed_.data() && counter < zeroed_.data() + zeroed_.size();
+    };
     machine.chance.seed(call_.seed);
     // Thread blocks draw tiles; both warps of one go through the same.
     int next = 0;
@@ -109,7 +115,6 @@ class Launch {
               if (i == drawn[block].size()) drawn[block].push_back(next++);
               const int tile = drawn[block][i];
               if (tile >= params_.tiles) break;
-              upkeep.begin(tile);
               add_tile(tile, warp, upkeep);
               upkeep.end(tile);
             }
@@ -127,8 +132,9 @@ class Launch {
     for (size_t i = 0; i < zeroed_.size(); ++i) {
       const int warps = 2 * params_.n_blocks;
       const bool ahead = is_zeroed_ahead(static_cast<int>(i));
+      const bool counts = kTile.converts_behind() && params_.added != nullptr;
       if (zeroed_[i] != (ahead ? warps : 0)) return "a head is not said to be zeroed";
-      if (kTile.converts_behind() && added_[i] != warps) return "a head is not said to be added";
+      if (added_[i] != (counts ? warps : 0)) return "a head is not said to be added";
     }
     for_each_unit([&](const Sequence& sequence, int head, int row, int64_t unit) {
       for (int r = 0; r < 64 && row + r < sequence.seq_q; ++r) {
@@ -197,7 +203,8 @@ class Launch {
     const QueryBlocks<kBackwardTiles[kTileIndex]> blocks(params_, work);
     QuerySteps<kBackwardTiles[kTileIndex]> step(params_, work, blocks);
     for (; step.left > 0; step.advance(params_, blocks)) {
-      upkeep.convert_some();
+      upkeep.meanwhile(tile);
+      __syncwarp();
       if ((threadIdx.x & 31) != 0) continue;
       const int64_t unit = step.unit + (kTile.splits_rows() ? warp : 0);
       const int first = kTile.splits_rows() ? 0 : warp * 64 * 64;

@@ -4,6 +4,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -34,11 +35,10 @@ struct Error {
   const char* what;
 };
 
-// A copy that has been asked for.
+// A copy that has been asked for: by a fiber that may wait for its group, or for a barrier.
 struct Copy {
-  int owner;      // fiber, or -1 where a barrier is told instead
-  uint32_t barrier;
-  uint32_t bytes;
+  int owner, group;
+  bool is_addition;
   std::function<void()> run;
 };
 
@@ -48,6 +48,7 @@ struct Fiber {
   std::function<void()> body;
   int lane, warp, block;
   int meets = -1;  // the meeting of its warp that it waits for
+  int group = 0;   // of copies
   bool done = false;
 };
 
@@ -72,10 +73,16 @@ struct Machine {
   int current = -1;
   long moves = 0;  // anything but waiting
   const char* error = nullptr;
+  std::function<bool(const int*)> may_tell_while_adding;
 
   Fiber& fiber() { return *fibers[current]; }
   Warp& warp() { return warps[fiber().warp]; }
-  char* memory(uint32_t address) { return &shared[fiber().block].at(address); }
+  char* memory(uint32_t address, uint32_t bytes) { return place(fiber().block, address, bytes); }
+  char* place(int block, uint32_t address, uint32_t bytes) {
+    if (address % std::min(bytes, 16u) != 0) throw Error{"is not aligned"};
+    if (address + bytes > shared[block].size()) throw Error{"leaves its memory"};
+    return &shared[block][address];
+  }
   void yield() { swapcontext(&fiber().context, &scheduler); }
 
   void finish(size_t i) {
@@ -122,10 +129,13 @@ struct Machine {
       if (left == 0) break;
       const int warp = static_cast<int>(chance() % warps.size());
       for (int turns = 1 + static_cast<int>(chance() % 40); turns > 0; --turns) {
+        const size_t first = chance() % fibers.size();  // lanes have no order either
         for (size_t i = 0; i < fibers.size(); ++i) {
-          const Fiber& next = *fibers[i];
+          const size_t at = (first + i) % fibers.size();
+          const Fiber& next = *fibers[at];
           if (next.warp != warp || next.done || next.meets == warps[warp].generation) continue;
-          current = static_cast<int>(i);
+          if (chance() % 4 == 0) continue;
+          current = static_cast<int>(at);
           swapcontext(&scheduler, &fiber().context);
           if (error != nullptr) throw Error{error};
         }
@@ -181,20 +191,27 @@ namespace fa4::ptx {
 
 using host::machine;
 
+// Now and then the other lanes go first.
+inline void hesitate() {
+  if (machine->chance() % 8 == 0) machine->yield();
+}
+
 inline int load_shared_int(uint32_t address) {
+  hesitate();
   int value;
-  std::memcpy(&value, machine->memory(address), 4);
+  std::memcpy(&value, machine->memory(address, 4), 4);
   return value;
 }
 inline void store_shared_int(uint32_t address, int value) {
-  std::memcpy(machine->memory(address), &value, 4);
+  std::memcpy(machine->memory(address, 4), &value, 4);
 }
 inline void store_shared(uint32_t address, int4 value) {
-  std::memcpy(machine->memory(address), &value, 16);
+  hesitate();
+  std::memcpy(machine->memory(address, 16), &value, 16);
 }
 inline float2 load_shared_float2(uint32_t address) {
   float2 value;
-  std::memcpy(&value, machine->memory(address), 8);
+  std::memcpy(&value, machine->memory(address, 8), 8);
   return value;
 }
 
@@ -224,42 +241,50 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
 inline void bulk_load_last(uint32_t destination, const void* source, uint32_t bytes,
                            uint32_t barrier) {
   const int block = machine->fiber().block;
-  machine->copies.push_back({-1, barrier, bytes, [=] {
-                               std::memcpy(&machine->shared[block].at(destination), source, bytes);
+  char* const place = machine->memory(destination, bytes);
+  machine->copies.push_back({-1, 0, false, [=] {
+                               std::memcpy(place, source, bytes);
                                host::Barrier& told = barrier_at(block, barrier);
                                told.bytes -= static_cast<int>(bytes);
                                settle(told);
                              }});
 }
 inline void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
-  const int block = machine->fiber().block;
-  machine->copies.push_back({machine->current, 0, bytes, [=] {
-                               std::memcpy(destination, &machine->shared[block].at(source), bytes);
-                             }});
+  const char* const place = machine->memory(source, bytes);
+  machine->copies.push_back({machine->current, machine->fiber().group, false,
+                             [=] { std::memcpy(destination, place, bytes); }});
 }
+inline void bulk_commit() { ++machine->fiber().group; }
 // Its source is gone when it has been asked for: in the kernel that is waited for.
 inline void bulk_reduce_add(float* destination, std::vector<float> values) {
-  machine->copies.push_back({machine->current, 0, 0, [=] {
+  machine->copies.push_back({machine->current, machine->fiber().group, true, [=] {
                                for (size_t i = 0; i < values.size(); ++i)
                                  destination[i] += values[i];
                              }});
+  bulk_commit();
 }
-inline void bulk_commit() {}
-inline int copies_of(int fiber) {
-  int found = 0;
-  for (const host::Copy& copy : machine->copies) found += copy.owner == fiber;
-  return found;
+inline bool are_under_way(const std::function<bool(const host::Copy&)>& counts) {
+  for (const host::Copy& copy : machine->copies)
+    if (copy.owner == machine->current && counts(copy)) return true;
+  return false;
 }
-inline void bulk_wait() {
-  while (copies_of(machine->current) > 0) machine->yield();
+// Of groups that were committed, all but the last `left`.
+inline void wait_for_groups(int left) {
+  const int end = machine->fiber().group - left;
+  while (are_under_way([=](const host::Copy& copy) { return copy.group < end; }))
+    machine->yield();
 }
+inline void bulk_wait() { wait_for_groups(0); }
+inline void bulk_wait_but_one() { wait_for_groups(1); }
 
 inline int load_acquire(const int* address) {
   machine->yield();
   return *address;
 }
 inline void add_relaxed(int* address, int value) {
-  if (copies_of(machine->current) > 0) throw host::Error{"tells of what is still under way"};
+  const bool adding_too = !machine->may_tell_while_adding(address);
+  if (are_under_way([=](const host::Copy& copy) { return adding_too || !copy.is_addition; }))
+    throw host::Error{"tells of what is still under way"};
   *address += value;
   ++machine->moves;
 }

@@ -57,12 +57,12 @@ def random_call(seed: int) -> str:
     heads_k = chance.choice([1, 3, 6])
     heads_q = heads_k * chance.choice([1, 1, 2])
     batch = chance.choice([1, 2, 4])
-    sequences = [(chance.randint(1, 300), chance.randint(1, 700))]
+    sequences = [(chance.choice([0, *[chance.randint(1, 300)] * 9]), chance.randint(1, 700))]
     if chance.random() < 0.4:  # packed
         batch = chance.randint(2, 5)
         lengths = [0, *(chance.randint(1, 300) for _ in range(5))]
         sequences = [(chance.choice(lengths), chance.choice(lengths)) for _ in range(batch)]
-        sequences[0] = (max(1, sequences[0][0]), max(1, sequences[0][1]))
+        sequences[0] = (sequences[0][0], max(1, sequences[0][1]))
     longest_q, longest_k = (max(pair[side] for pair in sequences) for side in (0, 1))
     left = right = longest_q + longest_k
     mask = chance.choice(["full", "causal", "window"])
@@ -109,20 +109,18 @@ def test_sums_are_looked_after(compile_program: Compile, defines: tuple[str, ...
 
 
 FAULTS = {
+    "looks after sums where there are none": ("return params_.added != nullptr;", "return true;"),
     "does not wait for zeros": ("while (!all_have(zeroed)) {", "while (false) {"),
     "zeroes another tile's share": (
-        "zero(tile + params_.zero_lead);",
-        "zero(tile + params_.zero_lead + 1);",
+        "          zero(tile + params_.zero_lead);\n          take_share",
+        "          zero(tile + params_.zero_lead + 1);\n          take_share",
     ),
-    "does not wait for its own copies": ("        ptx::bulk_wait();\n", ""),
+    "tells of zeros too early": ("          ptx::bulk_wait_but_one();", "          //"),
+    "does not make a group of zeros": ("    ptx::bulk_commit();\n", ""),
+    "does not wait for its own additions": ("          ptx::bulk_wait();\n", ""),
     "converts before all is added": (
         "if (noted(kIsComplete) || all_have(params_.added + head_index(place))) {",
         "if (true) {",
-    ),
-    "says that it has added before it has": (
-        "  __device__ __forceinline__ void begin(int tile) {\n",
-        "  __device__ __forceinline__ void begin(int tile) {\n"
-        "    if (lane_ == 0) ptx::add_relaxed(params_.added + head_of(tile), 1);\n",
     ),
     "reads a slice of the round before": ("slice / kRingSlices & 1", "1"),
     "overwrites a slice": ("load_slice(slice + kRingSlices);", "load_slice(slice + 1);"),
@@ -140,6 +138,7 @@ FAULTS = {
         "8 * (~lane_ & 3);\n    NanWatch",
     ),
     "begins before all have looked": ("__syncwarp();  // all have seen", "// all have seen"),
+    "goes on before all have looked": ("__syncwarp();  // all have looked", ""),
     "leaves before its copies are there": (
         "while (noted(kSlice) != kNone) convert_slice();",
         "",

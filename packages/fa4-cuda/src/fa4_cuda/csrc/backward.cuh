@@ -26,6 +26,9 @@ __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
   };
   if constexpr (kTile.splits_rows()) {
     take(DqTaker<kTileIndex, 1>(params, layout, warpgroup, 0, warpgroup));
+  } else if constexpr (kTile.tends_sums()) {
+    static_assert(kTile.panels() == 2);
+    take(DqTaker<kTileIndex, 1>(params, layout, warpgroup, warpgroup, 0));
   } else {
     constexpr int kFirst = (kTile.panels() + 1) / 2, kSecond = kTile.panels() - kFirst;
     if (warpgroup == 0) {

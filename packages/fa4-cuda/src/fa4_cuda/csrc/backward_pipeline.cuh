@@ -113,8 +113,8 @@ __device__ __forceinline__ void deal_tiles(const BackwardParams& params, const L
   RingPosition<2> tile_at;
   // Where thread blocks wait for each other's turns or zeros, who is not there yet must own no
   // tile: others may hold its multiprocessor until it is done.
-  const bool waits_for_others =
-      params.turns != nullptr || (kZeroDqAhead && params.zeroed != nullptr);
+  bool waits_for_others = params.turns != nullptr;
+  if constexpr (Layout::kTile.zeroes_ahead()) waits_for_others |= params.zeroed != nullptr;
   const bool deals_first = !waits_for_others || params.next_tile == nullptr;
   const int dealt = deals_first ? gridDim.x : 0;
   int tile = deals_first ? blockIdx.x : atomicAdd(params.next_tile, 1);
@@ -233,12 +233,11 @@ class DqTaker {
   template <class Upkeep>
   __device__ __forceinline__ void run(Upkeep upkeep) {
     for_each_tile([&](int tile) {
-      upkeep.begin(tile);
       with_steps(tile, [&](const BackwardWork&, const Blocks& blocks, int unit, int gap) {
         for_each_step(blocks, unit, gap, [&](int unit, int) {
 #pragma unroll 1
           for (int panel = 0; panel < kPanels; ++panel)
-            take(unit, panel, kTile.dq_direct, [&] { upkeep.convert_some(); });
+            take(unit, panel, kTile.dq_direct, [&] { upkeep.meanwhile(tile); });
         });
       });
       upkeep.end(tile);

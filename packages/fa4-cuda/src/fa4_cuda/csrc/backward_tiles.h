@@ -95,7 +95,7 @@ struct BackwardTile {
   constexpr int dq_bytes() const { return kWarpgroups * dq_staged * kDqChunkBytes; }
   // Of each warp that takes dQ away: what it has to remember and its barriers, zeros to copy from,
   // and slices of sums that it converts.
-  static constexpr int kNoteBytes = 64;
+  static constexpr int kNoteBytes = 80;
   static constexpr int kZeroBytes = 2048;
   static constexpr int kSliceBytes = 16 * 32 * 4;  // 16 rows, 32 columns
   static constexpr int kSlicesAtOnce = 2;

@@ -2,10 +2,10 @@
 // come later are zeroed, and dQ is made of those that are complete, while both are in L2.
 //
 // Every tile has a share (SumsShare) in the sums of two heads: of that whose tiles come zero_lead
-// later, which it zeroes, and of that whose tiles came convert_lag earlier, which it converts if
-// all of that head's tiles have been added by then. Counters of each head say how far it is. The
-// kernels before and after do what nobody does here: the sums of the first zero_lead tiles are
-// zeroed before, and what has not been converted, or came out NaN, is converted after.
+// later, which it zeroes, and of that whose tiles came convert_lag earlier, which it converts when
+// all of that head's tiles have been added. Counters of each head say how far it is. The kernels
+// before and after do what nobody does here: the sums of the first zero_lead tiles are zeroed
+// before, and what has not been converted, or came out NaN, is converted after.
 //
 // A tile waits for its zeros alone, which earlier tiles of thread blocks that run have under way,
 // since tiles are drawn; for nothing that is to be converted does anyone wait.
@@ -34,65 +34,70 @@ class SumsUpkeep {
 #pragma unroll 1
         for (int i = lane_ * 16; i < kTile.kZeroBytes; i += 32 * 16)
           ptx::store_shared(zeros() + i, {0, 0, 0, 0});
-        ptx::fence_proxy_async();
       }
-      note(kUnit, kNone);
-      note(kIsComplete, false);
-      note(kSlice, kNone);
-      __syncwarp();
-    }
-  }
-
-  // Before the first addition of a tile.
-  __device__ __forceinline__ void begin(int tile) {
-    if constexpr (kTile.zeroes_ahead()) {
+      ptx::fence_proxy_async();
       if (lane_ == 0) {
-        zero(tile + params_.zero_lead);
-        if (tile >= params_.zero_lead) {
-          const int* const zeroed = params_.zeroed + head_of(tile);
-          while (!all_have(zeroed)) {
-          }
-          ptx::fence_proxy_async_global();
-        }
+        for (const Note each : {kZeroed, kShareTile, kNextTile, kSlice}) note(each, kNone);
+        note(kStage, kTileBegins);
+        note(kIsComplete, false);
       }
       __syncwarp();
     }
-    if constexpr (kTile.converts_behind()) take_share(tile - params_.convert_lag);
   }
 
-  // Between two additions.
-  __device__ __forceinline__ void convert_some() {
-    if constexpr (kTile.converts_behind()) {
-      constexpr int kAtOnce = 2;  // keeps up where causal tiles have half of the steps
-#pragma unroll 1
-      for (int i = 0; i < kAtOnce && noted(kUnit) != kNone; ++i) {
-        if (noted(kSlice) == kNone) {
-          begin_unit();
-          break;  // its first slices are on their way
-        }
-        convert_slice();
-      }
-    }
-  }
-
-  // Behind the last addition of a tile.
-  __device__ __forceinline__ void end(int tile) {
+  // While the warp group fills its buffer, before each of a tile's additions.
+  __device__ __forceinline__ void meanwhile(int tile) const {
     if constexpr (kTile.tends_sums()) {
-      if (lane_ == 0) {
-        ptx::bulk_wait();
-        ptx::fence_gpu();  // the wait was for this thread's eyes only
-        if constexpr (kTile.zeroes_ahead()) {
-          if (const int head = noted(kZeroed); head != kNone)
-            ptx::add_relaxed(params_.zeroed + head, 1);
+      if (!is_asked_for()) return;
+      const int stage = noted(kStage);
+      __syncwarp();  // all have looked
+      if (stage == kTileBegins) {
+        if (lane_ == 0) {
+          zero(tile + params_.zero_lead);
+          take_share(tile - params_.convert_lag);
+          await_zeros(tile);
+          note(kStage, noted(kZeroed) == kNone ? kZerosAreThere : kZerosCome);
         }
+        __syncwarp();
+        return;
+      }
+      if (stage == kZerosCome) {
+        if (lane_ == 0) {
+          ptx::bulk_wait_but_one();  // an addition was asked for after them
+          ptx::fence_gpu();          // the wait was for this thread's eyes only
+          tell_zeros();
+          note(kStage, kZerosAreThere);
+        }
+        __syncwarp();
+      }
+      if constexpr (kTile.converts_behind()) convert_some();
+    }
+  }
+
+  // Behind the last addition of a tile, if there was any.
+  __device__ __forceinline__ void end(int tile) const {
+    if constexpr (kTile.tends_sums()) {
+      if (!is_asked_for()) return;
+      if (lane_ == 0) {
+        bool waits = true;
+        if (noted(kStage) == kTileBegins) {
+          waits = zero(tile + params_.zero_lead);
+          take_share(tile - params_.convert_lag);
+        }
+        if (waits) {
+          ptx::bulk_wait();
+          ptx::fence_gpu();
+        }
+        tell_zeros();
         if constexpr (kTile.converts_behind()) ptx::add_relaxed(params_.added + head_of(tile), 1);
+        note(kStage, kTileBegins);
       }
       __syncwarp();
     }
   }
 
   // Behind the last tile. Loads may be under way.
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void finish() const {
     if constexpr (kTile.converts_behind()) {
 #pragma unroll 1
       while (noted(kSlice) != kNone) convert_slice();
@@ -106,17 +111,19 @@ class SumsUpkeep {
   static constexpr int kSlices = kTile.head_dim / 32 * 4;
   static constexpr int kRunBytes = BackwardTile::kSliceBytes / 4;
   static constexpr int kRingSlices = BackwardTile::kSlicesAtOnce;
-  static_assert(kUnitBytes % BackwardTile::kZeroBytes == 0);
+  static_assert(kUnitBytes % BackwardTile::kZeroBytes == 0 && kWarps == 2);
   // Each unit finds every barrier in its first phase.
   static_assert(kSlices % (2 * kRingSlices) == 0);
 
   // What a warp has to remember, in shared memory: registers are few where it runs.
   enum Note {
+    kStage,       // how far it is with a tile's zeros
     kZeroed,      // the head whose sums it is zeroing
-    kShareTile,   // the share that it converts: of which tile,
-    kUnit,        // which unit, or kNone,
+    kShareTile,   // the share that it converts: of which tile, or kNone,
+    kUnit,        // which unit,
     kEnd,         // and where it ends
-    kIsComplete,  // whether the sums of its head are
+    kNextTile,    // the share that comes after
+    kIsComplete,  // whether the sums of the head are
     kSlice,       // of the unit, or kNone if that has not been begun
     kWorkspaceUnit,
     kRows,     // of the unit that exist
@@ -124,6 +131,7 @@ class SumsUpkeep {
     kOut,      // the unit's first row of dQ, in two words
     kNotes = kOut + 2
   };
+  enum Stage { kTileBegins, kZerosCome, kZerosAreThere };
   static constexpr int kNone = -1;
   static constexpr int kBarriers = (4 * kNotes + 7) / 8 * 8;  // behind them: of slices
   static_assert(kBarriers + 8 * kRingSlices <= BackwardTile::kNoteBytes);
@@ -131,7 +139,7 @@ class SumsUpkeep {
   __device__ __forceinline__ int noted(int note) const {
     return ptx::load_shared_int(memory_ + 4 * note);
   }
-  // By one thread or all of them; a __syncwarp follows.
+  // By one thread, between a __syncwarp behind which nobody looks and one before which nobody does.
   __device__ __forceinline__ void note(int note, int value) const {
     ptx::store_shared_int(memory_ + 4 * note, value);
   }
@@ -171,18 +179,20 @@ class SumsUpkeep {
     }
   };
 
-  // By one thread.
-  __device__ __forceinline__ void zero(int tile) const {
-    if (tile >= params_.tiles) {
-      note(kZeroed, kNone);
-      return;
-    }
+  // Without queries there are no sums.
+  __device__ __forceinline__ bool is_asked_for() const { return params_.added != nullptr; }
+
+  // What follows is by one thread, but for the conversion.
+
+  // Whether there is anything to wait for.
+  __device__ __forceinline__ bool zero(int tile) const {
+    if (!kTile.zeroes_ahead() || tile >= params_.tiles) return false;
     const TilePlace place(params_, tile, params_.heads_k);
     const Sequence sequence(params_, place.sequence);
     const SumsShare share(params_, sequence, place.block);
     note(kZeroed, head_index(place));
 #pragma unroll 1
-    for (int i = share.begin + warp_; i < share.end; i += kWarps) {
+    for (int i = share.begin + (warp_ ^ (tile & 1)); i < share.end; i += kWarps) {
       const Unit unit(params_, sequence, place.head, share.units, i);
       auto* const sums = reinterpret_cast<char*>(
           params_.dq_sums + dq_panel(unit.workspace_row, kTile.head_dim, 0));
@@ -191,20 +201,58 @@ class SumsUpkeep {
         ptx::bulk_store(sums + byte, zeros(), BackwardTile::kZeroBytes);
     }
     ptx::bulk_commit();
+    return share.begin < share.end;
   }
 
-  // Unless the last one has been begun: that goes on.
-  __device__ __forceinline__ void take_share(int tile) const {
-    if (tile < 0 || noted(kIsComplete)) return;
-    if (lane_ == 0) {
-      const TilePlace place(params_, tile, params_.heads_k);
-      const SumsShare share(params_, Sequence(params_, place.sequence), place.block);
-      const int first = share.begin + warp_;
-      note(kShareTile, tile);
-      note(kUnit, first < share.end ? first : kNone);
-      note(kEnd, share.end);
+  __device__ __forceinline__ void await_zeros(int tile) const {
+    if (!kTile.zeroes_ahead() || tile < params_.zero_lead) return;
+    const int* const zeroed = params_.zeroed + head_of(tile);
+    while (!all_have(zeroed)) {
     }
-    __syncwarp();
+    ptx::fence_proxy_async_global();
+  }
+
+  // Once they are there for everybody; if that has not been said.
+  __device__ __forceinline__ void tell_zeros() const {
+    if constexpr (kTile.zeroes_ahead()) {
+      if (const int head = noted(kZeroed); head != kNone)
+        ptx::add_relaxed(params_.zeroed + head, 1);
+      note(kZeroed, kNone);
+    }
+  }
+
+  // Behind the one that is being converted, instead of the one that waits.
+  __device__ __forceinline__ void take_share(int tile) const {
+    if (!kTile.converts_behind() || tile < 0) return;
+    note(kNextTile, tile);
+    if (noted(kShareTile) == kNone) begin_share();
+  }
+
+  __device__ __forceinline__ void begin_share() const {
+    const int tile = noted(kNextTile);
+    note(kNextTile, kNone);
+    note(kShareTile, kNone);
+    note(kIsComplete, false);
+    if (tile == kNone) return;
+    const TilePlace place(params_, tile, params_.heads_k);
+    const SumsShare share(params_, Sequence(params_, place.sequence), place.block);
+    const int first = share.begin + (warp_ ^ (tile & 1));  // a share may be a single unit
+    if (first >= share.end) return;
+    note(kShareTile, tile);
+    note(kUnit, first);
+    note(kEnd, share.end);
+  }
+
+  __device__ __forceinline__ void convert_some() const {
+    constexpr int kAtOnce = 3;  // keeps up where causal tiles have half of the steps
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce && noted(kShareTile) != kNone; ++i) {
+      if (noted(kSlice) == kNone) {
+        begin_unit();
+        break;  // its first slices are on their way
+      }
+      convert_slice();
+    }
   }
 
   // Once all that is to be added to the head has been.
@@ -233,7 +281,6 @@ class SumsUpkeep {
     __syncwarp();
   }
 
-  // By one thread.
   __device__ __forceinline__ void load_slice(int slice) const {
     const int run = (slice >> 2) * (4 * 4 * kRunBytes) + (slice & 3) * kRunBytes;
     const auto* const source =
@@ -275,7 +322,8 @@ class SumsUpkeep {
             make_uint4(quad[0], quad[1], quad[2], quad[3]);
       }
     }
-    const bool has_nan = __any_sync(~0u, watch.found());  // and all lanes have read
+    const bool has_nan = __any_sync(~0u, watch.found());
+    __syncwarp();  // all have read
     if (lane_ == 0) {
       if (has_nan) note(kIsClean, false);
       if (slice + kRingSlices < kSlices) load_slice(slice + kRingSlices);
@@ -283,10 +331,9 @@ class SumsUpkeep {
       if (slice + 1 == kSlices) {
         params_.converted[noted(kWorkspaceUnit)] = noted(kIsClean);
         const int next = noted(kUnit) + kWarps;
-        const bool is_last = next >= noted(kEnd);
         note(kSlice, kNone);
-        note(kUnit, is_last ? kNone : next);
-        if (is_last) note(kIsComplete, false);
+        note(kUnit, next);
+        if (next >= noted(kEnd)) begin_share();
       }
     }
     __syncwarp();

@@ -205,11 +205,9 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
 
 // Copies `bytes` in a row, a multiple of 16, as are both addresses.
 __device__ __forceinline__ void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
-  asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
-          destination),
-      "r"(source), "r"(bytes), "l"(kEvictLast)
-      : "memory");
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
+               "r"(source), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() {
@@ -224,6 +222,11 @@ __device__ __forceinline__ void bulk_wait_read() {
 // Until it has been added.
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// The same of all that was committed but the last.
+__device__ __forceinline__ void bulk_wait_but_one() {
+  asm volatile("cp.async.bulk.wait_group 1;" ::: "memory");
 }
 
 __device__ __forceinline__ int load_acquire(const int* address) {
