@@ -167,6 +167,12 @@ def wide_planner() -> Planner:
     return compile_planner("FA4_WIDE_DQ_KERNEL")
 
 
+@pytest.fixture(scope="session")
+def tending_planner() -> Planner:
+    """Those of a library whose main kernel looks after the sums of dQ."""
+    return compile_planner("FA4_CONVERT_DQ_BEHIND", "FA4_ZERO_DQ_AHEAD")
+
+
 def compile_planner(*defines: str) -> Planner:
     """The planners of a variant."""
     compiler = shutil.which("g++")

@@ -71,6 +71,19 @@ def wide_sass(wide: Any, build_kernels: ModuleType) -> list[str]:
     return sass_in(build_kernels.object_of(WIDE, wide))
 
 
+TENDING = CSRC / "backward_d64.cu"
+
+
+@pytest.fixture(scope="module")
+def tending(build_kernels: ModuleType) -> Any:
+    """The variant whose main kernel looks after the sums of dQ; one file of it."""
+    if build_kernels.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    variant = build_kernels.Variant(("FA4_CONVERT_DQ_BEHIND", "FA4_ZERO_DQ_AHEAD"))
+    build_kernels.compile_sources([TENDING], variant=variant)
+    return variant
+
+
 def sass_of(name: str, sass: list[str]) -> list[str]:
     found = [text for text in sass if name in text.split("\n", 1)[0]]
     assert found
@@ -192,6 +205,19 @@ def test_wide_kernels_neither_spill_nor_serialise(wide: Any, build_kernels: Modu
     assert len(of_kernel("backward_query_kernel", reports)) == 4
     for report in reports:
         assert (report.registers, report.spill_bytes, report.stack_bytes) == (168, 0, 0), report
+
+
+def test_who_looks_after_sums_leaves_the_products_alone(
+    tending: Any, build_kernels: ModuleType
+) -> None:
+    text = build_kernels.ptxas_output(TENDING, tending)
+    assert not re.findall(r"C75[12]\d", text)
+    for kernel in sass_in(build_kernels.object_of(TENDING, tending)):
+        for instruction in ("UBLKCP.G.S", "UBLKCP.S.G", "UBLKRED"):
+            assert instruction in kernel, "sums are zeroed, read and added by the copy engine"
+        products = [i for i, line in enumerate(kernel.split("\n")) if "HGMMA" in line]
+        steps = kernel.split("\n")[products[0] : products[-1]]
+        assert not [line for line in steps if " LDL" in line or " STL" in line]
 
 
 WIDE_PRODUCT = r"HGMMA\.64x256x16\S* R\d+, "

@@ -445,6 +445,24 @@ def test_where_dq_has_a_kernel_the_workspace_is_two_numbers_a_row(wide_planner) 
     assert bytes_of == [2 * 16 * 1024 * 2 * 4 + 128] * 2
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize("deterministic", [0, 1])
+def test_who_looks_after_sums_counts_by_head_and_by_64_rows(
+    planner, tending_planner, head_dim: int, deterministic: int
+) -> None:
+    call = {"head_dim": head_dim, "seq_q": 1000, "heads_k": 4, "deterministic": deterministic}
+    without, counted = (
+        each.plan_backward(**call)[1].workspace_bytes for each in (planner, tending_planner)
+    )
+    counters = 2 * (2 * 4) + 2 * 16 * 1024 // 64  # of two heads' counters, and units
+    looks_after = head_dim <= 128 and not deterministic
+    assert counted - without == (-(-counters * 4 // 128) * 128 if looks_after else 0)
+    # Without keys there is no main kernel.
+    status, plan = tending_planner.plan_backward(**call, seq_k=0)
+    assert (status, plan.grid) == (OK, 0)
+    assert plan.workspace_bytes == planner.plan_backward(**call, seq_k=0)[1].workspace_bytes
+
+
 def test_a_kernel_for_dq_is_launched_without_keys_too(wide_planner) -> None:
     status, plan = wide_planner.plan_backward(head_dim=256, seq_q=1024, seq_k=0)
     assert (status, plan.grid, plan.query_grid) == (OK, 0, 132)

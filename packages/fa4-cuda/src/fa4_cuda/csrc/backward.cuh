@@ -4,26 +4,31 @@
 
 #include "backward_by_columns.cuh"
 #include "backward_by_keys.cuh"
+#include "backward_upkeep.cuh"
 #include "backward_wide_keys.cuh"
 #include "overlap.cuh"
 
 namespace fa4 {
 
 // By a warp, for one of the warp groups.
-template <int kTileIndex>
+template <int kTileIndex, Element kElement>
 __device__ __forceinline__ void take_dq_away(const BackwardParams& params,
                                              const BackwardLayout<kTileIndex>& layout,
                                              int warpgroup) {
   constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
   const auto take = [&](auto taker) {
     if (params.turns == nullptr) {
-      taker.run();
+      taker.run(SumsUpkeep<kBackwardTiles[kTileIndex], kElement>(
+          params, warpgroup, layout.upkeep + warpgroup * kTile.upkeep_bytes_of_a_warp()));
     } else {
       taker.run_in_turns();
     }
   };
   if constexpr (kTile.splits_rows()) {
     take(DqTaker<kTileIndex, 1>(params, layout, warpgroup, 0, warpgroup));
+  } else if constexpr (kTile.tends_sums()) {
+    static_assert(kTile.panels() == 2);
+    take(DqTaker<kTileIndex, 1>(params, layout, warpgroup, warpgroup, 0));
   } else {
     constexpr int kFirst = (kTile.panels() + 1) / 2, kSecond = kTile.panels() - kFirst;
     if (warpgroup == 0) {
@@ -54,7 +59,8 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     } else if (threadIdx.x == 32) {
       produce_backward<Supply::kGradients>(params, layout);
     } else if (threadIdx.x >= 64) {
-      if constexpr (!kTile.has_dq_kernel()) take_dq_away(params, layout, (threadIdx.x >> 5) - 2);
+      if constexpr (!kTile.has_dq_kernel())
+        take_dq_away<kTileIndex, kElement>(params, layout, (threadIdx.x >> 5) - 2);
     }
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();

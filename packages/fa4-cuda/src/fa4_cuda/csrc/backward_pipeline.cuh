@@ -17,7 +17,7 @@ struct BackwardLayout {
   using TileRing = Ring<2>;
   using ExchangeRing = Ring<kTile.exchange_slots()>;
 
-  uint32_t k, v, q, grad_out, exchange, dq, negative_lse, delta, tiles, barriers;
+  uint32_t k, v, q, grad_out, exchange, dq, upkeep, negative_lse, delta, tiles, barriers;
 
   __device__ __forceinline__ explicit BackwardLayout(uint32_t dynamic_shared) {
     k = (dynamic_shared + 1023) & ~1023u;
@@ -26,7 +26,8 @@ struct BackwardLayout {
     grad_out = q + kTile.q_stages * kTile.q_bytes();
     exchange = grad_out + kTile.do_stages * kTile.q_bytes();
     dq = exchange + kTile.exchange_bytes();
-    negative_lse = dq + kTile.dq_bytes();
+    upkeep = dq + kTile.dq_bytes();
+    negative_lse = upkeep + kTile.upkeep_bytes();
     delta = negative_lse + kTile.q_stages * kRowBytes;
     tiles = delta + kTile.do_stages * kRowBytes;
     barriers = tiles + 16;
@@ -110,9 +111,11 @@ __device__ __forceinline__ void deal_tiles(const BackwardParams& params, const L
                                            const Load& load) {
   const auto tile_ring = layout.tile_ring();
   RingPosition<2> tile_at;
-  // Where thread blocks wait for each other's turns, who is not there yet must own no tile: others
-  // may hold its multiprocessor until it is done.
-  const bool deals_first = params.turns == nullptr || params.next_tile == nullptr;
+  // Where thread blocks wait for each other's turns or zeros, who is not there yet must own no
+  // tile: others may hold its multiprocessor until it is done.
+  bool waits_for_others = params.turns != nullptr;
+  if constexpr (Layout::kTile.zeroes_ahead()) waits_for_others |= params.zeroed != nullptr;
+  const bool deals_first = !waits_for_others || params.next_tile == nullptr;
   const int dealt = deals_first ? gridDim.x : 0;
   int tile = deals_first ? blockIdx.x : atomicAdd(params.next_tile, 1);
 #pragma unroll 1
@@ -226,40 +229,50 @@ class DqTaker {
         first_unit_(first_unit),
         elected_((threadIdx.x & 31) == 0) {}
 
-  __device__ __forceinline__ void run() {
-    for_each_tile([&](const BackwardWork&, const Blocks& blocks, int unit, int gap) {
-      for_each_step(blocks, unit, gap, [&](int unit, int) {
+  // The sums are looked after meanwhile, where they are (SumsUpkeep).
+  template <class Upkeep>
+  __device__ __forceinline__ void run(Upkeep upkeep) {
+    for_each_tile([&](int tile) {
+      with_steps(tile, [&](const BackwardWork&, const Blocks& blocks, int unit, int gap) {
+        for_each_step(blocks, unit, gap, [&](int unit, int) {
 #pragma unroll 1
-        for (int panel = 0; panel < kPanels; ++panel) take(unit, panel, kTile.dq_direct, [] {});
+          for (int panel = 0; panel < kPanels; ++panel)
+            take(unit, panel, kTile.dq_direct, [&] { upkeep.meanwhile(tile); });
+        });
       });
+      upkeep.end(tile);
     });
+    upkeep.finish();
     if (elected_) ptx::bulk_wait();
   }
 
   __device__ __forceinline__ void run_in_turns() {
-    for_each_tile([&](const BackwardWork& work, const Blocks& blocks, int unit, int gap) {
-      int* taken = nullptr;  // the last turn
-      // The wait is for this thread's eyes only: without the release, 13 instead of 5% slower than
-      // runs without turns, others were seen to add too early where processes share the GPU.
-      const auto pass_on = [&] {
-        if (taken == nullptr) return;
-        ptx::bulk_wait();
-        ptx::add_release(taken, 1);
-      };
-      for_each_step(blocks, unit, gap, [&](int unit, int block) {
-        int* const turns = params_.turns + int64_t{unit} * kTile.panels() + first_panel_;
-        const auto take_turn = [&] {
-          pass_on();
-          const int turn = turn_of<kBackwardTiles[kTileIndex]>(params_, work, block);
-          while (ptx::load_acquire(turns) != turn) {
-          }
+    for_each_tile([&](int tile) {
+      with_steps(tile, [&](const BackwardWork& work, const Blocks& blocks, int unit, int gap) {
+        int* taken = nullptr;  // the last turn
+        // The wait is for this thread's eyes only: without the release, 13 instead of 5% slower
+        // than runs without turns, others were seen to add too early where processes share the GPU.
+        const auto pass_on = [&] {
+          if (taken == nullptr) return;
+          ptx::bulk_wait();
+          ptx::add_release(taken, 1);
         };
-        take(unit, 0, 0, take_turn);
+        for_each_step(blocks, unit, gap, [&](int unit, int block) {
+          int* const turns = params_.turns + int64_t{unit} * kTile.panels() + first_panel_;
+          const auto take_turn = [&] {
+            if (kTile.tends_sums() && !elected_) return;
+            pass_on();
+            const int turn = turn_of<kBackwardTiles[kTileIndex]>(params_, work, block);
+            while (ptx::load_acquire(turns) != turn) {
+            }
+          };
+          take(unit, 0, 0, take_turn);
 #pragma unroll 1
-        for (int panel = 1; panel < kPanels; ++panel) take(unit, panel, 0, [] {});
-        taken = turns;
+          for (int panel = 1; panel < kPanels; ++panel) take(unit, panel, 0, [] {});
+          taken = turns;
+        });
+        if (elected_) pass_on();  // before anyone waits for the next tile
       });
-      if (elected_) pass_on();  // before anyone waits for the next tile
     });
   }
 
@@ -269,17 +282,20 @@ class DqTaker {
   using Blocks = QueryBlocks<kBackwardTiles[kTileIndex]>;
   using Steps = QuerySteps<kBackwardTiles[kTileIndex]>;
 
-  // use(work, blocks, first unit, units between heads)
   template <class Use>
   __device__ __forceinline__ void for_each_tile(const Use& use) {
     TileReader tiles;
 #pragma unroll 1
-    for (int tile = tiles.next(layout_); tile >= 0; tile = tiles.next(layout_)) {
-      const BackwardWork work(params_, tile);
-      const Blocks blocks(params_, work);
-      const Steps first(params_, work, blocks);
-      if (first.left > 0) use(work, blocks, first.unit + first_unit_, first.gap(params_, blocks));
-    }
+    for (int tile = tiles.next(layout_); tile >= 0; tile = tiles.next(layout_)) use(tile);
+  }
+
+  // use(work, blocks, first unit, units between heads), if there are any
+  template <class Use>
+  __device__ __forceinline__ void with_steps(int tile, const Use& use) {
+    const BackwardWork work(params_, tile);
+    const Blocks blocks(params_, work);
+    const Steps first(params_, work, blocks);
+    if (first.left > 0) use(work, blocks, first.unit + first_unit_, first.gap(params_, blocks));
   }
 
   // As QuerySteps goes, in fewer registers: use(unit, block of queries).
@@ -294,8 +310,8 @@ class DqTaker {
     }
   }
 
-  // A panel from `first_chunk` on. One thread adds; what it has to do before that, it does while
-  // the warp group fills the buffer.
+  // A panel from `first_chunk` on. One thread adds; what is to be done before that, by it or by the
+  // warp if that looks after sums, is done while the warp group fills the buffer.
   template <class Before>
   __device__ __forceinline__ void take(int unit, int panel, int first_chunk, const Before& before) {
     panel += first_panel_;
@@ -305,7 +321,7 @@ class DqTaker {
 #pragma unroll 1
     for (int chunk = first_chunk; chunk < kTile.kDqChunks; chunk += kTile.dq_staged) {
       ptx::named_barrier_arrive(kDqEmptyBarrier + warpgroup_, kDqThreads);
-      if (elected_ && chunk == first_chunk) before();
+      if ((kTile.tends_sums() || elected_) && chunk == first_chunk) before();
       __syncwarp();  // barriers are for whole warps
       ptx::named_barrier_sync(kDqFullBarrier + warpgroup_, kDqThreads);
       if (elected_ && chunk < chunks) {

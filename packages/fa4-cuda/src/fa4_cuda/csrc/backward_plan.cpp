@@ -48,13 +48,21 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
   workspace.nan_keys = workspace.next_tile + 4;
   workspace.next_query_tile = workspace.next_tile + 8;
   workspace.turns = workspace.next_tile + (rows > 0 ? aligned(12) : 0);
-  workspace.bytes =
+  workspace.zeroed =
       workspace.turns + (takes_turns(plan) ? aligned(rows / 64 * tile.panels() * 4) : 0);
+  const int64_t heads = tends_sums(plan) ? int64_t{args.heads_k} * args.batch : 0;
+  workspace.added = workspace.zeroed + heads * 4;
+  workspace.converted = workspace.added + heads * 4;
+  workspace.bytes = workspace.zeroed + aligned(heads * 8 + (tends_sums(plan) ? rows / 64 * 4 : 0));
   return workspace;
 }
 
 bool takes_turns(const fa4_backward_plan& plan) {
   return plan.deterministic && !kBackwardTiles[plan.tile].has_dq_kernel();
+}
+
+bool tends_sums(const fa4_backward_plan& plan) {
+  return kBackwardTiles[plan.tile].tends_sums() && !plan.deterministic && plan.grid > 0;
 }
 
 fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocessors) {

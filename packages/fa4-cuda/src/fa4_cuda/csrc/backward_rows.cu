@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kThreads)
     backward_prepare(const __grid_constant__ BackwardParams params) {
   constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   constexpr int kRowsAtOnce = kThreads / kLanes;
-  constexpr bool kSumsDq = !has_dq_kernel(kHeadDim);
+  constexpr BackwardTile kTile = any_tile_of(kHeadDim);
+  constexpr bool kSumsDq = !kTile.has_dq_kernel();
   let_next_kernel_begin();
   const RowUnit unit(params);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -63,9 +64,20 @@ __global__ void __launch_bounds__(kThreads)
       *params.next_query_tile = 0;
     }
   }
+  const int key_head = unit.sequence * params.heads_k + unit.head / params.heads_per_group;
+  if constexpr (kTile.tends_sums()) {
+    const bool is_first = unit.first_row == 0 && unit.head % params.heads_per_group == 0;
+    if (params.zeroed != nullptr && is_first && threadIdx.x == 0)
+      params.zeroed[key_head] = params.added[key_head] = 0;
+  }
   if (!unit.exists()) return;
 
-  if constexpr (kSumsDq) {
+  if constexpr (kTile.tends_sums()) {
+    if (params.converted != nullptr && threadIdx.x == 0)
+      params.converted[unit.workspace_row / kUnitRows] = 0;
+  }
+  const bool zeroed_later = kTile.zeroes_ahead() && are_zeroed_ahead(params, key_head);
+  if (kSumsDq && !zeroed_later) {
     auto* sums =
         reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));
 #pragma unroll 4
@@ -159,7 +171,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   await_earlier_kernel();
   const bool nan_keys = *params.nan_keys != 0;  // read here, for it is needed after a while
   const RowUnit unit(params);
-  if (unit.first_row < unit.seq_q) finish_rows<kHeadDim, kElement>(params, unit);
+  bool is_left = unit.first_row < unit.seq_q;
+  if constexpr (any_tile_of(kHeadDim).converts_behind()) {
+    if (is_left && params.converted != nullptr)
+      is_left = params.converted[unit.workspace_row / kUnitRows] == 0;
+  }
+  if (is_left) finish_rows<kHeadDim, kElement>(params, unit);
   if (nan_keys) {
     constexpr int kWarps = kThreads / 32;
     repair_keys<kElement>(params, blockIdx.x * kWarps + threadIdx.x / 32, gridDim.x * kWarps,
@@ -208,7 +225,7 @@ cudaError_t launch_backward_prepare(const BackwardParams& params, int tile_head_
 cudaError_t launch_backward_finish(const BackwardParams& params, int tile_head_dim, Element element,
                                    cudaStream_t stream) {
   return for_tile(tile_head_dim, element, [&]<int kHeadDim, Element kElement>() {
-    if constexpr (has_dq_kernel(kHeadDim)) {
+    if constexpr (any_tile_of(kHeadDim).has_dq_kernel()) {
       return cudaErrorInvalidValue;  // there is nothing to finish
     } else {
       return launch_behind(backward_finish<kHeadDim, kElement>, units(params, kUnitRows), kThreads,

@@ -16,13 +16,19 @@
 
 #include "tiles.h"
 
-// Two choices that have not been measured yet, to be made where the kernels are compiled
+// Choices that have not been measured yet, to be made where the kernels are compiled
 // (build_kernels.py --define NAME) until they have been.
 #ifndef FA4_WIDE_DQ_KERNEL
 #define FA4_WIDE_DQ_KERNEL 0
 #endif
 #ifndef FA4_OVERLAP_LAUNCHES
 #define FA4_OVERLAP_LAUNCHES 0
+#endif
+#ifndef FA4_ZERO_DQ_AHEAD
+#define FA4_ZERO_DQ_AHEAD 0
+#endif
+#ifndef FA4_CONVERT_DQ_BEHIND
+#define FA4_CONVERT_DQ_BEHIND 0
 #endif
 
 namespace fa4 {
@@ -31,6 +37,10 @@ namespace fa4 {
 inline constexpr bool kWideDqKernel = FA4_WIDE_DQ_KERNEL;
 // Whether a kernel of the backward may begin before the one ahead of it has ended.
 inline constexpr bool kOverlapLaunches = FA4_OVERLAP_LAUNCHES;
+// Whether the main kernel zeroes the sums of dQ of heads that come later, and whether it makes dQ
+// of those that are complete, both under its products, where its warp groups share keys.
+inline constexpr bool kZeroDqAhead = FA4_ZERO_DQ_AHEAD;
+inline constexpr bool kConvertDqBehind = FA4_CONVERT_DQ_BEHIND;
 
 // How the two consumer warp groups divide the work.
 enum class Split : int {
@@ -65,6 +75,9 @@ struct BackwardTile {
   // Rows of dQ's own kernel: 64 a warp group.
   static constexpr int kQueryRows = 64 * kWarpgroups;
   constexpr bool has_dq_kernel() const { return split == Split::kGradients; }
+  constexpr bool zeroes_ahead() const { return kZeroDqAhead && split == Split::kKeys; }
+  constexpr bool converts_behind() const { return kConvertDqBehind && split == Split::kKeys; }
+  constexpr bool tends_sums() const { return zeroes_ahead() || converts_behind(); }
   constexpr int threads() const { return 128 * (kWarpgroups + 1); }
   constexpr int panels() const { return (head_dim + kPanelColumns - 1) / kPanelColumns; }
   constexpr int columns() const { return panels() * kPanelColumns; }
@@ -80,11 +93,22 @@ struct BackwardTile {
   static constexpr int kDqChunks = kPanelColumns / 8;
   // Room for each warp group's chunks on their way out through the copy engine.
   constexpr int dq_bytes() const { return kWarpgroups * dq_staged * kDqChunkBytes; }
+  // Of each warp that takes dQ away: what it has to remember and its barriers, zeros to copy from,
+  // and slices of sums that it converts.
+  static constexpr int kNoteBytes = 80;
+  static constexpr int kZeroBytes = 2048;
+  static constexpr int kSliceBytes = 16 * 32 * 4;  // 16 rows, 32 columns
+  static constexpr int kSlicesAtOnce = 2;
+  constexpr int upkeep_bytes_of_a_warp() const {
+    return (tends_sums() ? kNoteBytes : 0) + (zeroes_ahead() ? kZeroBytes : 0) +
+           (converts_behind() ? kSlicesAtOnce * kSliceBytes : 0);
+  }
+  constexpr int upkeep_bytes() const { return kWarpgroups * upkeep_bytes_of_a_warp(); }
   constexpr int row_bytes() const { return (q_stages + do_stages) * block_m * 4; }
   // 1024: alignment of swizzled tiles; 256: barriers.
   constexpr int shared_bytes() const {
     return 1024 + 2 * kv_bytes() + (q_stages + do_stages) * q_bytes() + exchange_bytes() +
-           dq_bytes() + row_bytes() + 256;
+           dq_bytes() + upkeep_bytes() + row_bytes() + 256;
   }
   // Of dQ's own kernel: Q and dO with lse and delta, and the stages of K and V.
   constexpr int query_shared_bytes() const {
@@ -149,12 +173,12 @@ inline constexpr BackwardTile kBackwardTiles[] = {
 // clang-format on
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
-// Whether tiles of a head dim have a kernel for dQ; all of one head dim do or do not.
-constexpr bool has_dq_kernel(int tile_head_dim) {
+// One of a head dim's, for what is the same in all of them: how the work is divided.
+constexpr BackwardTile any_tile_of(int tile_head_dim) {
   for (const BackwardTile& tile : kBackwardTiles) {
-    if (tile.head_dim == tile_head_dim) return tile.has_dq_kernel();
+    if (tile.head_dim == tile_head_dim) return tile;
   }
-  return false;
+  return {};
 }
 
 }  // namespace fa4

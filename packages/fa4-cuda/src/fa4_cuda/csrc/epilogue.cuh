@@ -3,6 +3,7 @@
 
 #include "mask.cuh"
 #include "pipeline.cuh"
+#include "quad.cuh"
 #include "scheduler.cuh"
 #include "softmax.cuh"
 
@@ -31,24 +32,6 @@ struct SlabRow {
            head * tensor.stride_head;
   }
 };
-
-// Exchanges four registers among the four lanes of a quad: afterwards r[i] is what lane i had in
-// r[own lane].
-__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int lane) {
-  const bool odd = lane & 1, upper = lane & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t received = __shfl_xor_sync(~0u, odd ? r[i] : r[i + 1], 1);
-    r[i] = odd ? received : r[i];
-    r[i + 1] = odd ? r[i + 1] : received;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t received = __shfl_xor_sync(~0u, upper ? r[i] : r[i + 2], 2);
-    r[i] = upper ? received : r[i];
-    r[i + 2] = upper ? r[i + 2] : received;
-  }
-}
 
 // A thread's part of the O tile as 16-bit pairs: output[2 * g + r] are two columns of its row r
 // within columns 8 g to 8 g + 7.

@@ -104,6 +104,16 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
       : "memory");
 }
 
+// The same of what is not needed again.
+__device__ __forceinline__ void bulk_load_last(uint32_t destination, const void* source,
+                                               uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
+}
+
 // Ordinary writes to shared memory before, copy engine and tensor cores after.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -193,6 +203,17 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+// Copies `bytes` in a row, a multiple of 16, as are both addresses.
+__device__ __forceinline__ void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
+               "r"(source), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 // Until what was committed has been read from shared memory.
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -203,10 +224,27 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// The same of all that was committed but the last.
+__device__ __forceinline__ void bulk_wait_but_one() {
+  asm volatile("cp.async.bulk.wait_group 1;" ::: "memory");
+}
+
 __device__ __forceinline__ int load_acquire(const int* address) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
   return v;
+}
+
+__device__ __forceinline__ void add_relaxed(int* address, int value) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// What this thread has seen before, others see who have acquired what it writes after.
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// What other thread blocks wrote and this thread has acquired, for the copy engine to see.
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 __device__ __forceinline__ void add_release(int* address, int value) {
