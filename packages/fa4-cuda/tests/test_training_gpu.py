@@ -212,6 +212,35 @@ def test_packed_sequences_train(native: None, window: tuple[int, int]) -> None:
         assert (grad[200:230] == 0).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("lengths", [(513, 513), (130, 700), (700, 130)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_more_tiles_than_there_is_room_for(
+    native: None, head_dim: int, lengths: tuple[int, int], causal: bool
+) -> None:
+    """Thread blocks go from one to the next, each with sums of its own."""
+    tensors = leaves(batch=40, heads_kv=4, rows=lengths[0], keys=lengths[1], head_dim=head_dim)
+    out = general(tensors, causal)
+    grad_out = randn(*out.shape)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    assert_both_served(GENERAL, GENERAL_BACKWARD)
+    assert_right(lengths, out, grads, tensors, grad_out, causal=causal)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_keys_that_no_query_sees_have_gradients_of_zero(head_dim: int, deterministic: bool) -> None:
+    none = torch.zeros(3, device="cuda", dtype=torch.int32)
+    keys = torch.tensor([0, 200, 500], device="cuda", dtype=torch.int32)
+    tensors = [randn(rows, 4, head_dim).requires_grad_() for rows in (0, 500, 500)]
+    out = fa4_cuda.flash_attn_varlen_func(*tensors, none, keys, 0, 300)
+    assert isinstance(out, Tensor)
+    with asking_for_determinism() if deterministic else nullcontext():
+        grads = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    torch.cuda.synchronize()
+    assert all((grad == 0).all() for grad in grads)
+
+
 GRADIENTS_OF_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "one number": lambda grad: grad[:1, :1, :1, :1].expand(grad.shape),
     "one head": lambda grad: grad[:, :, :1].expand(grad.shape),
