@@ -205,7 +205,7 @@ class Launch {
     for (; step.left > 0; step.advance(params_, blocks)) {
       upkeep.meanwhile(tile);
       __syncwarp();
-      if ((threadIdx.x & 31) != 0) continue;
+      if (ptx::lane_id() != 0) continue;
       const int64_t unit = step.unit + (kTile.splits_rows() ? warp : 0);
       const int first = kTile.splits_rows() ? 0 : warp * 64 * 64;
       const int count = min(kUnitSums - first, 64 * 64);

@@ -151,13 +151,6 @@ struct Machine {
 
 inline Machine* machine;
 
-// As `threadIdx` is: a name with a member x.
-struct ThreadIndex {
-  struct X {
-    operator unsigned() const { return machine->fiber().warp % 2 * 32 + machine->fiber().lane; }
-  } x;
-};
-
 // Waits for all lanes, and gives what each has brought.
 inline const uint32_t* meet(uint32_t value) {
   Warp& warp = machine->warp();
@@ -175,7 +168,6 @@ inline const uint32_t* meet(uint32_t value) {
 
 }  // namespace host
 
-inline host::ThreadIndex threadIdx;
 inline void __syncwarp() { host::meet(0); }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
   return host::meet(value)[host::machine->fiber().lane ^ mask];
@@ -190,6 +182,8 @@ inline bool __any_sync(unsigned, bool value) {
 namespace fa4::ptx {
 
 using host::machine;
+
+inline int lane_id() { return machine->fiber().lane; }
 
 // Now and then the other lanes go first.
 inline void hesitate() {

@@ -134,8 +134,8 @@ FAULTS = {
         "if (row < rows) {",
     ),
     "takes columns for others": (
-        "8 * (lane_ & 3);\n    NanWatch",
-        "8 * (~lane_ & 3);\n    NanWatch",
+        "8 * (lane & 3);\n    NanWatch",
+        "8 * (~lane & 3);\n    NanWatch",
     ),
     "begins before all have looked": ("__syncwarp();  // all have seen", "// all have seen"),
     "goes on before all have looked": ("__syncwarp();  // all have looked", ""),

@@ -22,22 +22,23 @@ class SumsUpkeep {
  public:
   // By one of the thread block's warps that do so, with shared memory of its own.
   __device__ __forceinline__ SumsUpkeep(const BackwardParams& params, int warp, uint32_t memory)
-      : params_(params), warp_(warp), lane_(threadIdx.x & 31), memory_(memory) {
+      : params_(params), memory_(memory) {
     if constexpr (kTile.tends_sums()) {
       if constexpr (kTile.converts_behind()) {
-        if (lane_ == 0) {
+        if (ptx::lane_id() == 0) {
           for (int i = 0; i < kRingSlices; ++i) ptx::mbarrier_init(slice_barrier(i), 1);
           ptx::fence_mbarrier_init();
         }
       }
       if constexpr (kTile.zeroes_ahead()) {
 #pragma unroll 1
-        for (int i = lane_ * 16; i < kTile.kZeroBytes; i += 32 * 16)
+        for (int i = ptx::lane_id() * 16; i < kTile.kZeroBytes; i += 32 * 16)
           ptx::store_shared(zeros() + i, {0, 0, 0, 0});
       }
       ptx::fence_proxy_async();
-      if (lane_ == 0) {
+      if (ptx::lane_id() == 0) {
         for (const Note each : {kZeroed, kShareTile, kNextTile, kSlice}) note(each, kNone);
+        note(kWarp, warp);
         note(kStage, kTileBegins);
         note(kIsComplete, false);
       }
@@ -52,7 +53,7 @@ class SumsUpkeep {
       const int stage = noted(kStage);
       __syncwarp();  // all have looked
       if (stage == kTileBegins) {
-        if (lane_ == 0) {
+        if (ptx::lane_id() == 0) {
           zero(tile + params_.zero_lead);
           take_share(tile - params_.convert_lag);
           await_zeros(tile);
@@ -62,7 +63,7 @@ class SumsUpkeep {
         return;
       }
       if (stage == kZerosCome) {
-        if (lane_ == 0) {
+        if (ptx::lane_id() == 0) {
           ptx::bulk_wait_but_one();  // an addition was asked for after them
           ptx::fence_gpu();          // the wait was for this thread's eyes only
           tell_zeros();
@@ -78,7 +79,7 @@ class SumsUpkeep {
   __device__ __forceinline__ void end(int tile) const {
     if constexpr (kTile.tends_sums()) {
       if (!is_asked_for()) return;
-      if (lane_ == 0) {
+      if (ptx::lane_id() == 0) {
         bool waits = true;
         if (noted(kStage) == kTileBegins) {
           waits = zero(tile + params_.zero_lead);
@@ -117,6 +118,7 @@ class SumsUpkeep {
 
   // What a warp has to remember, in shared memory: registers are few where it runs.
   enum Note {
+    kWarp,        // of the two
     kStage,       // how far it is with a tile's zeros
     kZeroed,      // the head whose sums it is zeroing
     kShareTile,   // the share that it converts: of which tile, or kNone,
@@ -192,7 +194,7 @@ class SumsUpkeep {
     const SumsShare share(params_, sequence, place.block);
     note(kZeroed, head_index(place));
 #pragma unroll 1
-    for (int i = share.begin + (warp_ ^ (tile & 1)); i < share.end; i += kWarps) {
+    for (int i = share.begin + (noted(kWarp) ^ (tile & 1)); i < share.end; i += kWarps) {
       const Unit unit(params_, sequence, place.head, share.units, i);
       auto* const sums = reinterpret_cast<char*>(
           params_.dq_sums + dq_panel(unit.workspace_row, kTile.head_dim, 0));
@@ -236,7 +238,7 @@ class SumsUpkeep {
     if (tile == kNone) return;
     const TilePlace place(params_, tile, params_.heads_k);
     const SumsShare share(params_, Sequence(params_, place.sequence), place.block);
-    const int first = share.begin + (warp_ ^ (tile & 1));  // a share may be a single unit
+    const int first = share.begin + (noted(kWarp) ^ (tile & 1));  // a share may be a single unit
     if (first >= share.end) return;
     note(kShareTile, tile);
     note(kUnit, first);
@@ -258,7 +260,7 @@ class SumsUpkeep {
   // Once all that is to be added to the head has been.
   __device__ __forceinline__ void begin_unit() const {
     __syncwarp();  // all have seen that it has not been begun
-    if (lane_ == 0) {
+    if (ptx::lane_id() == 0) {
       const TilePlace place(params_, noted(kShareTile), params_.heads_k);
       const Sequence sequence(params_, place.sequence);
       if (noted(kIsComplete) || all_have(params_.added + head_index(place))) {
@@ -299,8 +301,9 @@ class SumsUpkeep {
   __device__ __forceinline__ void convert_slice() const {
     const int slice = noted(kSlice);
     ptx::mbarrier_wait(slice_barrier(slice), slice / kRingSlices & 1);
-    const int first_row = (slice & 3) * 16 + (lane_ >> 2), rows = noted(kRows);
-    const int column = (slice >> 2) * 32 + 8 * (lane_ & 3);
+    const int lane = ptx::lane_id(), rows = noted(kRows);
+    const int first_row = (slice & 3) * 16 + (lane >> 2);
+    const int column = (slice >> 2) * 32 + 8 * (lane & 3);
     NanWatch<kElement> watch;
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
@@ -309,11 +312,11 @@ class SumsUpkeep {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 sum =
-            ptx::load_shared_float2(slice_place(slice) + i * kRunBytes + lane_ * 16 + r * 8);
+            ptx::load_shared_float2(slice_place(slice) + i * kRunBytes + lane * 16 + r * 8);
         quad[i] = ptx::pack<kElement>(sum.x * params_.scale, sum.y * params_.scale);
         if (row < rows) watch.see(quad[i]);
       }
-      transpose_quad(quad, lane_);
+      transpose_quad(quad, lane);
       if (row < rows && column < params_.head_dim) {
         const uint64_t out = static_cast<uint32_t>(noted(kOut)) |
                              static_cast<uint64_t>(noted(kOut + 1)) << 32;
@@ -324,7 +327,7 @@ class SumsUpkeep {
     }
     const bool has_nan = __any_sync(~0u, watch.found());
     __syncwarp();  // all have read
-    if (lane_ == 0) {
+    if (lane == 0) {
       if (has_nan) note(kIsClean, false);
       if (slice + kRingSlices < kSlices) load_slice(slice + kRingSlices);
       note(kSlice, slice + 1);
@@ -340,7 +343,6 @@ class SumsUpkeep {
   }
 
   const BackwardParams& params_;
-  int warp_, lane_;
   uint32_t memory_;
 };
 

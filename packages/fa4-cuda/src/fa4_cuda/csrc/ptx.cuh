@@ -119,6 +119,13 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Read anew wherever it is asked for: for those with few registers.
+__device__ __forceinline__ int lane_id() {
+  int v;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(v));
+  return v;
+}
+
 // ---- registers per thread of a warp group
 
 template <int kRegisters>
