@@ -15,16 +15,12 @@
 
 using std::max, std::min;
 
+#include "backward_call.h"
 #include "backward_mask.cuh"
 
 using namespace fa4;
 
 namespace {
-
-struct Call {
-  int batch, heads_q, heads_k, window_left, window_right, is_windowed;
-  std::vector<int> seq_q, seq_k;  // of each sequence; one number if they are not packed
-};
 
 // Accumulators [64, 64] of a warp group: register i of a lane.
 int row_of(int warp, int lane, int i) { return warp * 16 + (lane >> 2) + i / 2 % 2 * 8; }
@@ -156,28 +152,10 @@ int wrong_of_keys(BackwardParams params) {
 }
 
 // Of the tiles for head dim 256, causal (which are for no mask as well) or windowed.
-int wrong(const Call& call) {
-  const bool packed = call.seq_q.size() > 1;
-  std::vector<int> q_starts = {0}, k_starts = {0};
-  for (const int rows : call.seq_q) q_starts.push_back(q_starts.back() + rows);
-  for (const int rows : call.seq_k) k_starts.push_back(k_starts.back() + rows);
-  BackwardParams params{};
-  params.batch = call.batch;
-  params.heads_q = call.heads_q;
-  params.heads_k = call.heads_k;
-  params.heads_per_group = call.heads_q / call.heads_k;
-  params.seq_q = *std::max_element(call.seq_q.begin(), call.seq_q.end());
-  params.seq_k = *std::max_element(call.seq_k.begin(), call.seq_k.end());
-  params.window_left = call.window_left;
-  params.window_right = call.window_right;
+int wrong(const SizedCall& call) {
+  BackwardParams params = call.params();
   params.section = 2;
   params.last_block_first = call.batch % 2;
-  if (packed) {
-    params.cu_seqlens_q = q_starts.data();
-    params.cu_seqlens_k = k_starts.data();
-  }
-  const int rows = packed ? q_starts.back() + call.batch * kRowAlignment : params.seq_q;
-  params.workspace_rows = (rows + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
   constexpr int kCausal = kBackwardTileCount - 2, kWindow = kBackwardTileCount - 1;
   static_assert(kBackwardTiles[kCausal].has_dq_kernel() &&
                 kBackwardTiles[kCausal].mask == Mask::kCausal &&
@@ -189,14 +167,10 @@ int wrong(const Call& call) {
 }  // namespace
 
 int main() {
-  Call call;
-  int sequences;
-  while (std::scanf("%d %d %d %d %d %d %d", &call.batch, &call.heads_q, &call.heads_k,
-                    &call.window_left, &call.window_right, &call.is_windowed, &sequences) == 7) {
-    call.seq_q.resize(sequences);
-    call.seq_k.resize(sequences);
-    for (int i = 0; i < sequences; ++i)
-      if (std::scanf("%d %d", &call.seq_q[i], &call.seq_k[i]) != 2) return 1;
+  SizedCall call;
+  while (std::scanf("%d %d %d %d %d %d", &call.batch, &call.heads_q, &call.heads_k,
+                    &call.window_left, &call.window_right, &call.is_windowed) == 6) {
+    if (!call.read_lengths()) return 1;
     std::printf("%d\n", wrong(call));
   }
 }

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
 from ctypes import c_int32
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -171,6 +172,28 @@ def wide_planner() -> Planner:
 def tending_planner() -> Planner:
     """Those of a library whose main kernel looks after the sums of dQ."""
     return compile_planner("FA4_CONVERT_DQ_BEHIND", "FA4_ZERO_DQ_AHEAD")
+
+
+CompileHost = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def compile_host() -> CompileHost:
+    """Compile a program that runs device code on the host: `compile_host(source, folder, *flags)`.
+
+    What the folder has stands for headers of the toolkit, of which little is needed.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+
+    def compiled(source: Path, folder: Path, *flags: str) -> Path:
+        (folder / "cuda.h").write_text("struct CUtensorMap {};")
+        command = [compiler, "-std=c++20", "-Wno-unknown-pragmas", *flags, f"-I{folder}"]
+        subprocess.run([*command, str(source), "-o", str(folder / source.stem)], check=True)
+        return folder / source.stem
+
+    return compiled
 
 
 def compile_planner(*defines: str) -> Planner:

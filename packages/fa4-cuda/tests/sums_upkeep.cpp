@@ -13,17 +13,17 @@
 
 using std::max, std::min;
 
+#include "backward_call.h"
 #include "backward_upkeep.cuh"
 
 using namespace fa4;
 
 namespace {
 
-struct Call {
-  int seed, head_dim, batch, heads_q, heads_k, window_left, window_right, is_windowed;
+struct Call : SizedCall {
+  int seed, head_dim;
   int blocks, section, lead, lag;  // thread blocks; sections by which sums are zeroed ahead; tiles
   int with_nan;
-  std::vector<int> seq_q, seq_k;  // of each sequence; one number if they are not packed
 };
 
 constexpr uint16_t kUntouched = 0xABCD;
@@ -40,35 +40,17 @@ class Launch {
   static constexpr const BackwardTile& kTile = kBackwardTiles[kTileIndex];
   static constexpr int kUnitSums = 64 * kTile.head_dim;
 
-  explicit Launch(const Call& call) : call_(call) {
-    packed_ = call.seq_q.size() > 1;
-    q_starts_ = k_starts_ = {0};
-    for (const int rows : call.seq_q) q_starts_.push_back(q_starts_.back() + rows);
-    for (const int rows : call.seq_k) k_starts_.push_back(k_starts_.back() + rows);
-    params_.batch = call.batch;
-    params_.heads_q = call.heads_q;
-    params_.heads_k = call.heads_k;
-    params_.heads_per_group = call.heads_q / call.heads_k;
+  explicit Launch(const Call& call) : call_(call), params_(call_.params()) {
     params_.head_dim = call.head_dim;
-    params_.seq_q = *std::max_element(call.seq_q.begin(), call.seq_q.end());
-    params_.seq_k = *std::max_element(call.seq_k.begin(), call.seq_k.end());
-    params_.window_left = call.window_left;
-    params_.window_right = call.window_right;
     params_.scale = kScale;
-    if (packed_) {
-      params_.cu_seqlens_q = q_starts_.data();
-      params_.cu_seqlens_k = k_starts_.data();
-    }
-    const int rows = packed_ ? q_starts_.back() + call.batch * kRowAlignment : params_.seq_q;
-    params_.workspace_rows = (rows + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
     params_.n_blocks = (params_.seq_k + kTile.block_n - 1) / kTile.block_n;
     params_.section = call.section;
     params_.tiles = params_.n_blocks * params_.heads_k * params_.batch;
     params_.zero_lead = call.lead * params_.section * params_.n_blocks;
     params_.convert_lag = call.lag;
 
-    params_.section = min(params_.section, params_.batch * params_.heads_k);
-    const int64_t heads = packed_ ? call.heads_q : int64_t{call.batch} * call.heads_q;
+    const bool packed = call.is_packed();
+    const int64_t heads = packed ? call.heads_q : int64_t{call.batch} * call.heads_q;
     units_ = params_.workspace_rows * heads / 64;
     sums_.assign(units_ * kUnitSums, std::numeric_limits<float>::quiet_NaN());
     expected_.assign(units_ * kUnitSums, 0.f);
@@ -76,12 +58,12 @@ class Launch {
     zeroed_.assign(params_.batch * params_.heads_k, 0);
     added_ = zeroed_;
     converted_.assign(units_, 0);
-    const int tensor_rows = packed_ ? q_starts_.back() : params_.batch * params_.seq_q;
+    const int tensor_rows = packed ? call.q_starts.back() : params_.batch * params_.seq_q;
     dq_.assign(static_cast<size_t>(tensor_rows) * call.heads_q * call.head_dim, kUntouched);
     params_.dq.data = dq_.data();
     params_.dq.stride_head = call.head_dim;
     params_.dq.stride_seq = static_cast<int64_t>(call.heads_q) * call.head_dim;
-    params_.dq.stride_batch = packed_ ? 0 : params_.seq_q * params_.dq.stride_seq;
+    params_.dq.stride_batch = packed ? 0 : params_.seq_q * params_.dq.stride_seq;
     params_.dq_sums = sums_.data();
     if (params_.seq_q > 0) {  // or nothing is prepared
       params_.zeroed = zeroed_.data();
@@ -213,8 +195,7 @@ class Launch {
       for (int i = first; i < first + count; ++i) values.push_back(part(tile, unit, i));
       if (call_.with_nan && (unit + tile) % 5 == 0)
         values[call_.seed % values.size()] = std::numeric_limits<float>::quiet_NaN();
-      // Rows behind a sequence's end may not be there; nothing is added to them in the kernel either,
-      // but zeros.
+      // Nothing is added to rows behind a sequence's end in the kernel either, but zeros.
       if (unit >= units_ || !exists_[unit]) continue;
       for (int i = 0; i < count; ++i) expected_[unit * kUnitSums + first + i] += values[i];
       ptx::bulk_reduce_add(&sums_[unit * kUnitSums + first], values);
@@ -223,9 +204,7 @@ class Launch {
   }
 
   Call call_;
-  bool packed_;
-  std::vector<int> q_starts_, k_starts_;
-  BackwardParams params_{};
+  BackwardParams params_;
   int64_t units_;
   std::vector<float> sums_, expected_;
   std::vector<bool> exists_;
@@ -255,15 +234,11 @@ void attempt(const Call& call) {
 
 int main() {
   Call call;
-  int sequences;
-  while (std::scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d", &call.seed, &call.head_dim,
+  while (std::scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d", &call.seed, &call.head_dim,
                     &call.batch, &call.heads_q, &call.heads_k, &call.window_left,
                     &call.window_right, &call.is_windowed, &call.blocks, &call.section, &call.lead,
-                    &call.lag, &call.with_nan, &sequences) == 14) {
-    call.seq_q.resize(sequences);
-    call.seq_k.resize(sequences);
-    for (int i = 0; i < sequences; ++i)
-      if (std::scanf("%d %d", &call.seq_q[i], &call.seq_k[i]) != 2) return 1;
+                    &call.lag, &call.with_nan) == 13) {
+    if (!call.read_lengths()) return 1;
     static_assert(kBackwardTiles[0].head_dim == 64 && kBackwardTiles[2].head_dim == 96 &&
                   kBackwardTiles[5].head_dim == 128 && kBackwardTiles[5].mask == Mask::kWindow);
     const int tile = (call.head_dim <= 64 ? 0 : call.head_dim <= 96 ? 2 : 4) + call.is_windowed;

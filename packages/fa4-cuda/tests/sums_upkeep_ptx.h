@@ -66,7 +66,7 @@ struct Machine {
   std::mt19937 chance;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
-  std::vector<std::vector<char>> shared;          // of each thread block
+  std::vector<std::vector<char>> shared;  // of each thread block
   std::vector<std::map<uint32_t, Barrier>> barriers;
   std::vector<Copy> copies;
   ucontext_t scheduler;

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,9 @@ PROGRAM = Path(__file__).with_name("backward_ranges.cpp")
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
+def program(compile_host: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranges")
-    # All that these headers need of the toolkit.
-    (folder / "cuda.h").write_text("struct CUtensorMap {};")
-    flags = ["-std=c++20", "-O2", "-DFA4_WIDE_DQ_KERNEL", "-Wno-unknown-pragmas"]
-    command = [compiler, *flags, f"-I{CSRC}", f"-I{folder}", str(PROGRAM), "-o"]
-    subprocess.run([*command, str(folder / "ranges")], check=True)
-    return folder / "ranges"
+    return compile_host(PROGRAM, folder, "-O2", "-DFA4_WIDE_DQ_KERNEL", f"-I{CSRC}")
 
 
 def random_call(chance: random.Random) -> str:

@@ -50,9 +50,9 @@ int make_tensor_maps(BackwardParams& params, const fa4_backward_args& args,
 }
 
 // How many heads have what all blocks of one share in L2 (50 MB).
-int heads_in_l2(int64_t head_bytes, int64_t section_bytes = 32 << 20) {
-  constexpr int64_t kSectionHeads = 16;
-  return static_cast<int>(std::clamp<int64_t>(section_bytes / head_bytes, 1, kSectionHeads));
+int heads_in_l2(int64_t head_bytes) {
+  constexpr int64_t kSectionBytes = 32 << 20, kSectionHeads = 16;
+  return static_cast<int>(std::clamp<int64_t>(kSectionBytes / head_bytes, 1, kSectionHeads));
 }
 
 int group_of(const fa4_backward_args& args) {
@@ -74,7 +74,7 @@ int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mas
   const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} * std::max(1, group_of(args)) *
                              tile.head_dim * (2 * kElementBytes + sum_bytes);
   // Sums that are looked after are there a section earlier, and a section longer.
-  return tends_sums(plan) ? heads_in_l2(head_bytes, 16 << 20) : heads_in_l2(head_bytes);
+  return heads_in_l2(tends_sums(plan) ? 2 * head_bytes : head_bytes);
 }
 
 // The same of query heads in dQ's own kernel, whose blocks share K and V, as do those of a group.
