@@ -163,7 +163,11 @@ def test_a_forward_by_us_and_a_backward_by_stock_are_right(inputs: Callable[...,
 
 
 @pytest.mark.usefixtures("registered")
-def test_the_family_leaves_stock_in_place_where_stock_wins(device: str) -> None:
+def test_the_family_leaves_stock_in_place_where_stock_wins(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The family's other member, which it may well take where that is installed.
+    monkeypatch.setenv("FLASH_ATTENTION_IMPL_DISABLE", "fa4-cuda")
     with pytest.raises(registry.FamilyUnavailableError, match="fa4-triton: not recommended here"):
         registry.activate_flash_attention_impl("FA4")
     assert registry.current_flash_attention_impl() is None
