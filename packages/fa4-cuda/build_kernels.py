@@ -5,9 +5,9 @@
 Every source file becomes an object with a stamp beside it: a hash of the compiler, the flags, the
 file and all that it includes from here. What has its stamp is not compiled again. Objects, stamps
 and what ptxas reports of each kernel are in `build/`, the library is in `src/fa4_cuda/lib/`. With
-names defined, which make another choice where the sources leave one open (`backward_tiles.h`), all
-of it is in a folder of `build/` with these names. Needs nothing but the standard library, nvcc and
-the host compiler that nvcc calls; no torch, no GPU.
+names defined, which the sources ask for while a variant is on trial, all of it is in a folder of
+`build/` with these names. Needs nothing but the standard library, nvcc and the host compiler that
+nvcc calls; no torch, no GPU.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ def main() -> int:
     parser.add_argument("output", nargs="?", type=Path, help="the library")
     parser.add_argument("--jobs", type=int, help="files to compile at once")
     parser.add_argument(
-        "--define", action="append", default=[], metavar="NAME", help="a choice of the sources"
+        "--define", action="append", default=[], metavar="NAME", help="what the sources ask for"
     )
     options = parser.parse_args()
     variant = Variant(tuple(sorted(options.define)))

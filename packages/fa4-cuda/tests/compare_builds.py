@@ -1,9 +1,9 @@
 """Builds of the kernels beside each other and beside cuDNN, in one process on a Hopper GPU.
 
-    python packages/fa4-cuda/build_kernels.py --define FA4_WIDE_DQ_KERNEL
+    python packages/fa4-cuda/build_kernels.py --define ON_TRIAL
     python packages/fa4-cuda/tests/compare_builds.py --direction backward \\
         --build shipped=packages/fa4-cuda/src/fa4_cuda/lib/libfa4_cuda.so \\
-        --build wide=packages/fa4-cuda/build/FA4_WIDE_DQ_KERNEL/libfa4_cuda.so \\
+        --build trial=packages/fa4-cuda/build/ON_TRIAL/libfa4_cuda.so \\
         256:1024:full 256:1024:causal
 
 For the choice between variants in the laboratory; records come from `flash-attention-bench`. A cell

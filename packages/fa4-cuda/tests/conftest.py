@@ -52,7 +52,7 @@ class BackwardTile(ctypes.Structure):
         (name, c_int32)
         for name in (
             *("head_dim", "mask", "split", "block_m", "block_n"),
-            *("q_stages", "do_stages", "dq_direct", "dq_staged", "k_stages", "v_stages"),
+            *("q_stages", "do_stages", "k_stages", "v_stages"),
             *("shared_bytes", "query_shared_bytes"),
         )
     )
@@ -159,19 +159,15 @@ def build_kernels() -> ModuleType:
 @pytest.fixture(scope="session")
 def planner() -> Planner:
     """The planners alone, by the host compiler."""
-    return compile_planner()
-
-
-@pytest.fixture(scope="session")
-def wide_planner() -> Planner:
-    """Those of a library in which dQ of wide heads has a kernel of its own."""
-    return compile_planner("FA4_WIDE_DQ_KERNEL")
-
-
-@pytest.fixture(scope="session")
-def tending_planner() -> Planner:
-    """Those of a library whose main kernel looks after the sums of dQ."""
-    return compile_planner("FA4_CONVERT_DQ_BEHIND", "FA4_ZERO_DQ_AHEAD")
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = CACHE / f"libplan-{digest(*PLANNERS, *CSRC.glob('*.h'))}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([*command, *map(str, PLANNERS), "-o", str(library)], check=True)
+    return Planner(ctypes.CDLL(str(library)))
 
 
 CompileHost = Callable[..., Path]
@@ -194,22 +190,6 @@ def compile_host() -> CompileHost:
         return folder / source.stem
 
     return compiled
-
-
-def compile_planner(*defines: str) -> Planner:
-    """The planners of a variant."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    name = "-".join(["libplan", digest(*PLANNERS, *CSRC.glob("*.h")), *defines])
-    library = CACHE / f"{name}.so"
-    if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        # Hidden: two of them in one process have a table each.
-        command += ["-fvisibility=hidden", *(f"-D{define}" for define in defines)]
-        subprocess.run([*command, *map(str, PLANNERS), "-o", str(library)], check=True)
-    return Planner(ctypes.CDLL(str(library)))
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 The threads that load, the consumer warp groups and the warps that take dQ away use the barriers of
 `flash_attention_testkit.barriers` in the order in which backward_pipeline.cuh,
-backward_by_keys.cuh, backward_by_columns.cuh, backward_wide_keys.cuh and backward_wide_queries.cuh
-use theirs. A product reads its operands from where it is issued until a wait covers it.
+backward_by_keys.cuh, backward_wide_keys.cuh and backward_wide_queries.cuh use theirs. A product
+reads its operands from where it is issued until a wait covers it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flash_attention_testkit.barriers import (
     Steps,
 )
 
-BY_KEYS, BY_COLUMNS, BY_GRADIENTS = 0, 1, 2
+BY_KEYS, BY_GRADIENTS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class Shape:
     split: int
     q_stages: int
     do_stages: int
-    panels: int = 2
-    dq_pieces: int = 1  # of a panel, through a buffer that holds one
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,9 @@ class ThreadBlock(Model):
         one_ds = flaw == "has one dS"
         self.ds_ring = Ring(2, readers=2, writers=2)
         self.ds_ring.buffers = [Buffer(2)] * 2 if one_ds else [Buffer(2) for _ in range(2)]
-        self.p, self.ds = Buffer(), Buffer()  # by columns
         self.p_ring = Ring(shape.q_stages, readers=1)  # by gradients
         self.dq = [Buffer() for _ in range(2)]
-        self.scores_ready, self.ds_ready, self.all_cleared = (NamedBarrier() for _ in range(3))
+        self.all_cleared = NamedBarrier()
         self.dq_full, self.dq_empty = ([NamedBarrier() for _ in range(2)] for _ in range(2))
         self.added: list[object] = []
         self.start("loads K and Q", self.load_queries())
@@ -149,10 +146,8 @@ class ThreadBlock(Model):
             self.start("computes dV", self.compute_dv())
             self.start("computes dK", self.compute_dk())
         else:
-            by_keys = shape.split == BY_KEYS
-            consume = self.consume_by_keys if by_keys else self.consume_by_columns
             for group in range(2):
-                self.start(f"consumer {group}", consume(group))
+                self.start(f"consumer {group}", self.consume_by_keys(group))
                 self.start(f"takes dQ of {group} away", self.take_dq_away(group))
 
     # ---- who loads
@@ -180,24 +175,16 @@ class ThreadBlock(Model):
         tile_at, source = Position(self.tiles), self.dq[group]
         while (number := (yield from self._read_tile(tile_at))) != LAST:
             for step in range(self.blocks[number].steps):
-                for panel in self._own_panels(group):
-                    for piece in range(self.shape.dq_pieces):
-                        self.dq_empty[group].arrive("taker")
-                        yield from self.dq_full[group].sync("taker")
-                        content = (number, step, panel, piece)
-                        if self.flaw == "lets go of dQ before it is read":
-                            self.start("reads dQ late", source.read(content))
-                            continue
-                        yield from source.read(content)
-                        self.added.append((group, content))
+                self.dq_empty[group].arrive("taker")
+                yield from self.dq_full[group].sync("taker")
+                content = (number, step)
+                if self.flaw == "lets go of dQ before it is read":
+                    self.start("reads dQ late", source.read(content))
+                    continue
+                yield from source.read(content)
+                self.added.append((group, content))
 
-    # ---- what both splits do that share the gradients
-
-    def _own_panels(self, group: int) -> range:
-        if self.shape.split == BY_KEYS:
-            return range(1)
-        first = (self.shape.panels + 1) // 2
-        return range(first) if group == 0 else range(first, self.shape.panels)
+    # ---- what all consumers do
 
     def _keys(self, at: Position, number: int, by: Iterable[int] = ()) -> Operand:
         return Operand(at.buffer, cleared(number, by if self.blocks[number].key_tail else ()))
@@ -206,12 +193,11 @@ class ThreadBlock(Model):
         tail = self.blocks[number].tails[step]
         return Operand(at.buffer, cleared((number, step), by if tail else ()))
 
-    def _add_dq(self, group: int, number: int, step: int, panel: int) -> Steps:
-        for piece in range(self.shape.dq_pieces):
-            yield from self.dq_empty[group].sync("owner")
-            self.dq[group].write((number, step, panel, piece))
-            yield
-            self.dq_full[group].arrive("owner")
+    def _hand_over_dq(self, group: int, number: int, step: int) -> Steps:
+        yield from self.dq_empty[group].sync("owner")
+        self.dq[group].write((number, step))
+        yield
+        self.dq_full[group].arrive("owner")
 
     def _end_tile(self, *rings: Position) -> None:
         for at in rings:
@@ -282,7 +268,7 @@ class ThreadBlock(Model):
                 yield from products.wait(2)
                 yield from rows(q, step).read()
                 yield from products.wait(1)
-                yield from self._add_dq(group, number, step - 1, 0)
+                yield from self._hand_over_dq(group, number, step - 1)
                 yield from issue_dp_dv(step)
                 if self.flaw != "frees Q before dK":
                     before.free()
@@ -291,119 +277,7 @@ class ThreadBlock(Model):
             if self.flaw == "frees K before dQ":
                 self._end_tile(k, v)
             yield from products.wait(0)
-            yield from self._add_dq(group, number, block.steps - 1, 0)
-            self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
-
-    # ---- backward_by_columns.cuh: warp group 0 makes P, 1 makes dS
-
-    def consume_by_columns(self, group: int) -> Steps:
-        tile_at, products = Position(self.tiles), Products()
-        makes_p = group == 0
-        panels = self._own_panels(group)
-        q, grad_out = Position(self.q), Position(self.grad_out)
-        k, v = Position(self.k), Position(self.v)
-
-        def q_operand(at: Position, step: int) -> Operand:
-            return self._rows(at, number, step, {0})
-
-        def do_operand(step: int) -> Operand:
-            return self._rows(grad_out, number, step, {1})
-
-        def shared(buffer: Buffer, step: int) -> Operand:
-            return Operand(buffer, (number, step))
-
-        def clear_tail(at: Position, content: object, tail: bool) -> Steps:
-            if tail:
-                yield from clear(at, content, group)
-
-        def issue_s(step: int) -> Steps:
-            yield from q.wait_full()
-            yield from clear_tail(q, (number, step), block.tails[step])
-            products.issue(self._keys(k, number, {0}), q_operand(q, step))
-
-        def issue_dp(step: int) -> Steps:
-            yield from grad_out.wait_full()
-            yield from clear_tail(grad_out, (number, step), block.tails[step])
-            products.issue(self._keys(v, number), do_operand(step))
-
-        def make_p(step: int) -> Steps:
-            yield from q_operand(q, step).read()  # lse lies beside Q
-            self.p.write((number, step))
-
-        def multiply_dv(step: int) -> Steps:
-            yield from self.scores_ready.sync(group)
-            yield from grad_out.wait_full()
-            products.issue(shared(self.p, step), do_operand(step))
-            if not makes_p:
-                yield from shared(self.p, step).read()
-                yield from products.wait(1)
-                yield from do_operand(step).read()  # delta lies beside dO
-                self.ds.write((number, step))
-            yield from products.wait(0)
-            grad_out.step().free()
-
-        def issue_dq_panel(step: int) -> None:
-            products.issue(shared(self.ds, step), self._keys(k, number, {0}))
-
-        def issue_dq_dk(at: Position, step: int) -> Steps:
-            yield from self.ds_ready.sync(group)
-            yield from at.wait_full()
-            issue_dq_panel(step)
-            products.issue(shared(self.ds, step), q_operand(at, step))
-
-        def add_first(step: int) -> Steps:
-            yield from products.wait(1)
-            yield from self._add_dq(group, number, step, panels[0])
-            if len(panels) > 1:
-                issue_dq_panel(step)
-
-        def add_second(step: int) -> Steps:
-            if len(panels) > 1:
-                yield from self._add_dq(group, number, step, panels[1])
-
-        while (number := (yield from self._read_tile(tile_at))) != LAST:
-            block = self.blocks[number]
-            if not block.steps:
-                continue
-            yield from k.wait_full()
-            yield from v.wait_full()
-            if makes_p:
-                yield from clear_tail(k, number, block.key_tail)
-                yield from issue_s(0)
-                yield from products.wait(0)
-                yield from make_p(0)
-            else:
-                yield from issue_dp(0)
-            yield from multiply_dv(0)
-            for step in range(1, block.steps):
-                before = q.step()
-                early = self.flaw == "makes P before the other has read the last"
-                if makes_p:
-                    yield from issue_s(step)
-                    if early:
-                        yield from products.wait(0)
-                        yield from make_p(step)
-                yield from issue_dq_dk(before, step - 1)
-                if self.flaw == "frees Q before dK":
-                    before.free()
-                yield from add_first(step - 1)
-                if makes_p:
-                    if not early:
-                        yield from make_p(step)
-                    yield from products.wait(0)
-                else:
-                    yield from issue_dp(step)
-                    yield from products.wait(1)
-                yield from add_second(step - 1)
-                if self.flaw != "frees Q before dK":
-                    before.free()
-                yield from multiply_dv(step)
-            yield from issue_dq_dk(q, block.steps - 1)
-            yield from add_first(block.steps - 1)
-            if self.flaw == "frees K before dQ":
-                self._end_tile(k, v)
-            yield from products.wait(0)
-            yield from add_second(block.steps - 1)
+            yield from self._hand_over_dq(group, number, block.steps - 1)
             self._end_tile(*((q,) if self.flaw == "frees K before dQ" else (q, k, v)))
 
     # ---- backward_wide_keys.cuh
@@ -678,23 +552,12 @@ def test_no_tile_of_the_table_hangs_or_races(planner: Any) -> None:
         if tile.split == BY_GRADIENTS:
             gradients_neither_hang_nor_race(tile.q_stages, tile.k_stages, tile.v_stages, trials=40)
             continue
-        panels = -(-tile.head_dim // 64)
         for trial in range(40):
             chance = random.Random(1000 * row + trial)
-            shape = Shape(
-                tile.split,
-                tile.q_stages,
-                tile.do_stages,
-                panels,
-                # In turns all eight chunks go through the buffer, otherwise what is not added
-                # from registers.
-                dq_pieces=chance.choice([1, 8 // tile.dq_staged]),
-            )
             blocks = random_blocks(chance)
-            thread_block = ThreadBlock(shape, blocks)
+            thread_block = ThreadBlock(Shape(BY_KEYS, tile.q_stages, tile.do_stages), blocks)
             thread_block.run(trial)
-            pieces = (panels if shape.split == BY_COLUMNS else 2) * shape.dq_pieces
-            assert len(thread_block.added) == pieces * sum(block.steps for block in blocks)
+            assert len(thread_block.added) == 2 * sum(block.steps for block in blocks)
 
 
 def gradients_neither_hang_nor_race(
@@ -716,26 +579,20 @@ def test_kernels_of_a_gradient_each_neither_hang_nor_race(
     gradients_neither_hang_nor_race(stages, k_stages, v_stages, trials=200)
 
 
-@pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
-def test_other_stages_neither_hang_nor_race(split: int) -> None:
-    for trial in range(150):
+def test_other_stages_neither_hang_nor_race() -> None:
+    for trial in range(300):
         chance = random.Random(trial)
         shape = Shape(
-            split,
-            q_stages=chance.choice([2, 3, 4]),
-            do_stages=chance.choice([1, 2, 3]),
-            panels=chance.choice([3, 4]),
-            dq_pieces=chance.choice([1, 2]),
+            BY_KEYS, q_stages=chance.choice([2, 3, 4]), do_stages=chance.choice([1, 2, 3])
         )
         ThreadBlock(shape, random_blocks(chance)).run(trial)
 
 
-@pytest.mark.parametrize("split", [BY_KEYS, BY_COLUMNS])
-def test_one_stage_of_q_hangs(split: int) -> None:
+def test_one_stage_of_q_hangs() -> None:
     # Scores of the next step are asked for before dK of this one lets go of its Q.
     block = Block(tails=(False, False), key_tail=False)
     with pytest.raises(HangError):
-        ThreadBlock(Shape(split, q_stages=1, do_stages=2, panels=4), [block]).run(0)
+        ThreadBlock(Shape(BY_KEYS, q_stages=1, do_stages=2), [block]).run(0)
 
 
 def test_one_stage_of_the_gradient_hangs_where_rows_of_others_are_cleared() -> None:
@@ -760,10 +617,6 @@ def test_one_stage_of_k_hangs() -> None:
         (BY_KEYS, "frees K before dQ"),
         (BY_KEYS, "reads what the other clears"),
         (BY_KEYS, "lets go of dQ before it is read"),
-        (BY_COLUMNS, "frees Q before dK"),
-        (BY_COLUMNS, "frees K before dQ"),
-        (BY_COLUMNS, "makes P before the other has read the last"),
-        (BY_COLUMNS, "lets go of dQ before it is read"),
         (BY_GRADIENTS, "hands P over before it is whole"),
         (BY_GRADIENTS, "does not wait for P"),
         (BY_GRADIENTS, "reads what the other clears"),
@@ -775,7 +628,7 @@ def test_one_stage_of_k_hangs() -> None:
     ],
 )
 def test_the_model_tells_what_would_go_wrong(split: int, flaw: str) -> None:
-    shape = Shape(split, q_stages=3, do_stages=3 if split == BY_GRADIENTS else 2, panels=4)
+    shape = Shape(split, q_stages=3, do_stages=3 if split == BY_GRADIENTS else 2)
     blocks = [Block((False, True, False, True, False), key_tail=True), Block((False,) * 3, False)]
     assert is_found(lambda: ThreadBlock(shape, 2 * blocks, flaw), RaceError)
 

@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).with_name("backward_ranges.cpp")
 @pytest.fixture(scope="module")
 def program(compile_host: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranges")
-    return compile_host(PROGRAM, folder, "-O2", "-DFA4_WIDE_DQ_KERNEL", f"-I{CSRC}")
+    return compile_host(PROGRAM, folder, "-O2", f"-I{CSRC}")
 
 
 def random_call(chance: random.Random) -> str:

@@ -137,10 +137,9 @@ typedef struct fa4_forward_tile {
 // A row of the backward's.
 typedef struct fa4_backward_tile {
   int32_t head_dim, mask;
-  int32_t split;  // 0: the warp groups divide the keys; 1: the columns; 2: a gradient each
+  int32_t split;  // 0: the warp groups divide the keys; 1: a gradient each
   int32_t block_m, block_n, q_stages, do_stages;
-  int32_t dq_direct, dq_staged;  // of the eight chunks of a panel of dQ
-  int32_t k_stages, v_stages;    // of dQ's own kernel; 0 if there is none
+  int32_t k_stages, v_stages;  // of dQ's own kernel; 0 if there is none
   int32_t shared_bytes, query_shared_bytes;
 } fa4_backward_tile;
 

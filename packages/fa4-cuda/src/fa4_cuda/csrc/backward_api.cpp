@@ -73,8 +73,8 @@ int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mas
   const int sum_bytes = tile.has_dq_kernel() ? 0 : 4;
   const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} * std::max(1, group_of(args)) *
                              tile.head_dim * (2 * kElementBytes + sum_bytes);
-  // Sums that are looked after are there a section earlier, and a section longer.
-  return heads_in_l2(tends_sums(plan) ? 2 * head_bytes : head_bytes);
+  // Zeros are there a section earlier.
+  return heads_in_l2(zeroes_ahead(args, plan) ? 2 * head_bytes : head_bytes);
 }
 
 // The same of query heads in dQ's own kernel, whose blocks share K and V, as do those of a group.
@@ -151,20 +151,18 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
     params.n_blocks = (args.seq_k + tile.block_n - 1) / tile.block_n;
     params.section = section_of(args, tile, window.mask, plan);
     params.tiles = params.n_blocks * args.heads_k * args.batch;
-    if (queries && tends_sums(plan)) {
-      params.converted = reinterpret_cast<int*>(memory + workspace.converted);
+    const bool zeroes = queries && zeroes_ahead(args, plan);
+    if (zeroes) {
       params.zeroed = reinterpret_cast<int*>(memory + workspace.zeroed);
-      params.added = reinterpret_cast<int*>(memory + workspace.added);
       // Zeros are asked for where a tile begins, so a grid and a half ahead, in whole sections, is
-      // time enough. A head is complete when all tiles of its section have ended.
+      // time enough.
       const int section = params.section * params.n_blocks;
       params.zero_lead = (plan.grid + plan.grid / 2 + section - 1) / section * section;
-      params.convert_lag = section + plan.grid;
     }
-    // Tiles differ in length under a mask: whoever is free draws the next. The counter is zeroed
-    // with the rows of the queries.
-    const bool draws = queries && (packed || window.mask != Mask::kFull || takes_turns(plan) ||
-                                   (tile.zeroes_ahead() && tends_sums(plan)));
+    // Tiles differ in length under a mask: whoever is free draws the next, as where thread blocks
+    // wait for each other. The counter is zeroed with the rows of the queries.
+    const bool draws = zeroes || (queries && (packed || window.mask != Mask::kFull ||
+                                              takes_turns(plan)));
     const auto counter = [&](int64_t place) {
       return draws ? reinterpret_cast<int*>(memory + place) : nullptr;
     };

@@ -119,12 +119,6 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
         do_at.advance();
       };
 
-      const auto add = [&](int unit) {
-        add_dq<kTileIndex>(params, layout, dq, unit + (kSplitsRows ? warpgroup : 0),
-                           kSplitsRows ? 0 : warpgroup,
-                           kSplitsRows ? 64 : kHeadDim - 64 * warpgroup, warpgroup, thread);
-      };
-
       // ---- the first step, to dS
       layout.k_ring().wait_full(key_at);
       const int keys = work.seq_k - work.n_block * kN;
@@ -143,7 +137,6 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
 #pragma unroll 1
       while (step.left > 1) {
         const auto q_done = q_at;
-        const int unit = step.unit;
         step.advance(params, blocks);
         q_at.advance();
         const bool masked = blocks.masked(step.block);
@@ -154,7 +147,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
         make_p(masked);
         wgmma_wait<1>();
         pin(dq);
-        add(unit);
+        hand_over_dq<kTileIndex>(layout, dq, warpgroup, thread);
         issue_dp_dv();
         pin(dk);
         ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_done), lane == 0);
@@ -166,7 +159,7 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
       wgmma_wait<0>();
       pin(dq);
       pin(dk);
-      add(step.unit);
+      hand_over_dq<kTileIndex>(layout, dq, warpgroup, thread);
       // The next tile's keys and queries come while dK and dV are stored.
       ptx::mbarrier_arrive_if(q_ring.empty_barrier(q_at), lane == 0);
       ptx::mbarrier_arrive_if(layout.k_ring().empty_barrier(key_at), lane == 0);
@@ -175,9 +168,8 @@ __device__ __forceinline__ void consume_by_keys(const BackwardParams& params,
       key_at.advance();
     }
 
-    store_gradient<kElement, kHeadDim>(params, work, params.dk, dk, params.scale, first_key, 0,
-                                       lane);
-    store_gradient<kElement, kHeadDim>(params, work, params.dv, dv, 1.f, first_key, 0, lane);
+    store_gradient<kElement, kHeadDim>(params, work, params.dk, dk, params.scale, first_key, lane);
+    store_gradient<kElement, kHeadDim>(params, work, params.dv, dv, 1.f, first_key, lane);
   }
 }
 

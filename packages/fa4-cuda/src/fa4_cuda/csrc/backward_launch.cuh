@@ -13,8 +13,9 @@ inline cudaError_t launch_with_room(void (*kernel)(BackwardParams), const Backwa
                                     int grid, int threads, int shared_bytes, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  return error == cudaSuccess ? launch_behind(kernel, grid, threads, shared_bytes, stream, params)
-                              : error;
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, threads, shared_bytes, stream>>>(params);
+  return cudaGetLastError();
 }
 
 template <int kTileIndex, Element kElement>

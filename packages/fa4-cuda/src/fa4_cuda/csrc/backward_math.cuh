@@ -63,21 +63,6 @@ __device__ __forceinline__ void store_operand(uint32_t tile, const uint32_t (&a)
   }
 }
 
-// The same way back.
-template <int kColumns, int kPanelRows>
-__device__ __forceinline__ void load_operand(uint32_t (&a)[kColumns / 4], uint32_t tile,
-                                             int first_row, int warp, int lane) {
-  const int row = first_row + warp * 16 + (lane & 15);
-#pragma unroll
-  for (int j = 0; j < kColumns / 8; j += 2) {
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, panel_address(tile + j / 8 * panel_bytes(kPanelRows), row,
-                                      j % 8 + (lane >> 4)));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[2 * j + i] = r[i];
-  }
-}
-
 // Rows of a tile that belong to the next of packed sequences become zero, so that no NaN of theirs
 // is multiplied with a zero of ours.
 template <int kRows, int kPanels, int kThreads>
@@ -113,63 +98,29 @@ __device__ __forceinline__ void issue_dq(float (&dq)[32], uint64_t ds, uint64_t 
   }
 }
 
-// X[64, C] += A[64, M] B[M, C], A a panel [64, 64] in shared memory.
-template <Element kElement, int kColumns, int kBlockM>
-__device__ __forceinline__ void issue_from_panel(float (&x)[kColumns / 2], uint64_t a, uint64_t b) {
-  static_assert(kBlockM == kPanelColumns, "one panel");
-#pragma unroll
-  for (int m = 0; m < kBlockM / 16; ++m) {
-    WgmmaInstruction<kElement, kColumns>::ss_mn(x, a + (32 * m >> 4),
-                                                b + m * (panel_bytes(16) >> 4), 1);
-  }
-}
-
-// Adds a panel of dQ to its sums, of which `columns` exist: some of it from here, some by the warp
-// that takes it away, all of it if there are turns.
+// A panel of dQ to where a warp takes it away from, in the order of its sums.
 template <int kTileIndex>
-__device__ __forceinline__ void add_dq(const BackwardParams& params,
-                                       const BackwardLayout<kTileIndex>& layout,
-                                       const float (&dq)[32], int unit, int panel, int columns,
-                                       int warpgroup, int thread) {
-  static constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
-  const auto stage = [&]<int kBegin, int kEnd>() {
-    ptx::named_barrier_sync(kDqEmptyBarrier + warpgroup, kDqThreads);
-    const uint32_t place =
-        layout.dq + warpgroup * kTile.dq_staged * kTile.kDqChunkBytes + thread * 16;
+__device__ __forceinline__ void hand_over_dq(const BackwardLayout<kTileIndex>& layout,
+                                             const float (&dq)[32], int warpgroup, int thread) {
+  ptx::named_barrier_sync(kDqEmptyBarrier + warpgroup, kDqThreads);
+  const uint32_t place = layout.dq + warpgroup * BackwardTile::kDqPanelBytes + thread * 16;
 #pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) {
-      ptx::store_shared(place + (i - kBegin) * kTile.kDqChunkBytes,
-                        {__float_as_int(dq[4 * i]), __float_as_int(dq[4 * i + 1]),
-                         __float_as_int(dq[4 * i + 2]), __float_as_int(dq[4 * i + 3])});
-    }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_arrive(kDqFullBarrier + warpgroup, kDqThreads);
-  };
-  if (kTile.dq_direct > 0 && params.turns != nullptr) {
-    stage.template operator()<0, kTile.dq_staged>();
-    if constexpr (kTile.dq_staged < kTile.kDqChunks)
-      stage.template operator()<kTile.dq_staged, kTile.kDqChunks>();
-    return;
+  for (int i = 0; i < 8; ++i) {
+    ptx::store_shared(place + i * (128 * 16),
+                      {__float_as_int(dq[4 * i]), __float_as_int(dq[4 * i + 1]),
+                       __float_as_int(dq[4 * i + 2]), __float_as_int(dq[4 * i + 3])});
   }
-  stage.template operator()<kTile.dq_direct, kTile.kDqChunks>();
-  if constexpr (kTile.dq_direct > 0) {
-    float* sums = params.dq_sums + dq_panel(int64_t{unit} * 64, kTile.head_dim, panel) + thread * 4;
-#pragma unroll
-    for (int i = 0; i < kTile.dq_direct; ++i) {
-      if (8 * i < columns)
-        ptx::reduce_add(sums + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    }
-  }
+  ptx::fence_proxy_async();
+  ptx::named_barrier_arrive(kDqFullBarrier + warpgroup, kDqThreads);
 }
 
-// Row r of a thread's two of a gradient: rounded, 16 bytes a lane, if it is `there`. The first of x
-// is column `first_column` of the row.
-template <Element kElement, int kColumns>
-__device__ __forceinline__ void store_row(uint16_t* row, bool there, const float (&x)[kColumns / 2],
-                                          int r, float scale, int first_column, int head_dim,
-                                          int lane, NanWatch<kElement>& watch) {
+// Row r of a thread's two of a gradient: rounded, 16 bytes a lane, if it is `there`.
+template <Element kElement, int kHeadDim>
+__device__ __forceinline__ void store_row(uint16_t* row, bool there, const float (&x)[kHeadDim / 2],
+                                          int r, float scale, int head_dim, int lane,
+                                          NanWatch<kElement>& watch) {
 #pragma unroll
-  for (int g = 0; g < kColumns / 32; ++g) {
+  for (int g = 0; g < kHeadDim / 32; ++g) {
     uint32_t quad[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -178,7 +129,7 @@ __device__ __forceinline__ void store_row(uint16_t* row, bool there, const float
       watch.see(quad[i]);
     }
     transpose_quad(quad, lane);
-    const int column = first_column + 32 * g + 8 * (lane & 3);
+    const int column = 32 * g + 8 * (lane & 3);
     if (there && column < head_dim)
       *reinterpret_cast<uint4*>(row + column) = make_uint4(quad[0], quad[1], quad[2], quad[3]);
   }
@@ -186,17 +137,17 @@ __device__ __forceinline__ void store_row(uint16_t* row, bool there, const float
 
 // dK or dV of a warp group's rows. Whether there is a NaN among them is noted for those who come
 // after.
-template <Element kElement, int kColumns>
+template <Element kElement, int kHeadDim>
 __device__ __forceinline__ void store_gradient(const BackwardParams& params,
                                                const BackwardWork& work, const TensorView& tensor,
-                                               const float (&x)[kColumns / 2], float scale,
-                                               int first_key, int first_column, int lane) {
+                                               const float (&x)[kHeadDim / 2], float scale,
+                                               int first_key, int lane) {
   NanWatch<kElement> watch;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + 8 * r;
-    store_row<kElement, kColumns>(work.key(tensor, key, work.key_head), key < work.seq_k, x, r,
-                                  scale, first_column, params.head_dim, lane, watch);
+    store_row<kElement, kHeadDim>(work.key(tensor, key, work.key_head), key < work.seq_k, x, r,
+                                  scale, params.head_dim, lane, watch);
   }
   if (watch.found()) *params.nan_keys = 1;
 }

@@ -34,14 +34,10 @@ struct BackwardParams {
   int tiles;       // blocks of all heads of all sequences
   int* next_tile;  // drawn so far, beyond the first of each thread block; null: they are dealt out
   int* next_query_tile;  // the same of dQ's own kernel
-  // Upkeep of the sums in the main kernel (backward_upkeep.cuh), null if there is none. Of every
-  // key head of every sequence: how many warps have zeroed their share of its sums, and added all
-  // that they have to add to them.
+  // Zeros by the main kernel (backward_zeros.cuh). Of every key head of every sequence: how many
+  // warps have zeroed their share of its sums; null where the kernel before zeroes all.
   int* zeroed;
-  int* added;
-  int* converted;   // of every 64 rows of the workspace: whether dQ has been made of them
-  int zero_lead;    // tiles between one and that whose share of sums it zeroes
-  int convert_lag;  // tiles between one and that whose share of sums it converts
+  int zero_lead;  // tiles between one and that whose share of sums it zeroes
 };
 
 }  // namespace fa4

@@ -1,7 +1,7 @@
 // Shared memory of a thread block of the backward, its barriers, and who fills it.
 #pragma once
 
-#include "backward_work.cuh"
+#include "backward_zeros.cuh"
 #include "pipeline.cuh"
 
 namespace fa4 {
@@ -17,7 +17,7 @@ struct BackwardLayout {
   using TileRing = Ring<2>;
   using ExchangeRing = Ring<kTile.exchange_slots()>;
 
-  uint32_t k, v, q, grad_out, exchange, dq, upkeep, negative_lse, delta, tiles, barriers;
+  uint32_t k, v, q, grad_out, exchange, dq, zeros, negative_lse, delta, tiles, barriers;
 
   __device__ __forceinline__ explicit BackwardLayout(uint32_t dynamic_shared) {
     k = (dynamic_shared + 1023) & ~1023u;
@@ -26,8 +26,8 @@ struct BackwardLayout {
     grad_out = q + kTile.q_stages * kTile.q_bytes();
     exchange = grad_out + kTile.do_stages * kTile.q_bytes();
     dq = exchange + kTile.exchange_bytes();
-    upkeep = dq + kTile.dq_bytes();
-    negative_lse = upkeep + kTile.upkeep_bytes();
+    zeros = dq + kTile.dq_bytes();
+    negative_lse = zeros + kTile.zero_bytes();
     delta = negative_lse + kTile.q_stages * kRowBytes;
     tiles = delta + kTile.do_stages * kRowBytes;
     barriers = tiles + 16;
@@ -75,15 +75,20 @@ struct BackwardLayout {
     ptx::fence_mbarrier_init();
     ptx::fence_proxy_async();
   }
+
+  // By as many threads as there are in a warp group, before anyone else looks.
+  __device__ __forceinline__ void fill_zeros(int thread) const {
+    static_assert(kTile.zero_bytes() == 128 * 16);
+    ptx::store_shared(zeros + thread * 16, {0, 0, 0, 0});
+    ptx::fence_proxy_async();
+  }
 };
 
 // Named barriers of the backward, both warp groups' unless said otherwise. 0 is __syncthreads.
-constexpr int kScoresBarrier = 1;   // P is in shared memory
-constexpr int kDsBarrier = 2;       // dS is, where the warp groups share columns
-constexpr int kClearedBarrier = 3;  // rows of others are zero
-constexpr int kOwnBarrier = 4;      // + warp group: its own threads
-constexpr int kDqFullBarrier = 6;   // + warp group: a panel of its dQ is in shared memory
-constexpr int kDqEmptyBarrier = 8;  // + warp group: and may be overwritten
+constexpr int kClearedBarrier = 1;  // rows of others are zero
+constexpr int kOwnBarrier = 2;      // + warp group: its own threads
+constexpr int kDqFullBarrier = 4;   // + warp group: a panel of its dQ is in shared memory
+constexpr int kDqEmptyBarrier = 6;  // + warp group: and may be overwritten
 constexpr int kDqThreads = 128 + 32;  // a warp group and the warp that takes its dQ away
 
 // The next tile to work on, as the thread that fetches Q has drawn it. For a warp, or for the one
@@ -113,8 +118,7 @@ __device__ __forceinline__ void deal_tiles(const BackwardParams& params, const L
   RingPosition<2> tile_at;
   // Where thread blocks wait for each other's turns or zeros, who is not there yet must own no
   // tile: others may hold its multiprocessor until it is done.
-  bool waits_for_others = params.turns != nullptr;
-  if constexpr (Layout::kTile.zeroes_ahead()) waits_for_others |= params.zeroed != nullptr;
+  const bool waits_for_others = params.turns != nullptr || params.zeroed != nullptr;
   const bool deals_first = !waits_for_others || params.next_tile == nullptr;
   const int dealt = deals_first ? gridDim.x : 0;
   int tile = deals_first ? blockIdx.x : atomicAdd(params.next_tile, 1);
@@ -209,40 +213,35 @@ __device__ __forceinline__ void produce_backward(const BackwardParams& params,
   }
 }
 
-// A warp that takes one warp group's dQ away, panels [first_panel, first_panel + kPanels) of every
-// step, by adding it to its sums through the copy engine.
+// A warp that takes one warp group's dQ away, a panel of 64 rows in every step, by adding it to its
+// sums through the copy engine.
 //
 // Where the order of additions matters, thread blocks take turns: each adds to a block of queries
 // when all that come before it have. A turn is passed on when the additions are complete, which
 // takes long; meanwhile the warp group fills the buffer anew.
-template <int kTileIndex, int kPanels>
+template <int kTileIndex>
 class DqTaker {
  public:
   using Layout = BackwardLayout<kTileIndex>;
 
   __device__ __forceinline__ DqTaker(const BackwardParams& params, const Layout& layout,
-                                     int warpgroup, int first_panel, int first_unit)
+                                     int warpgroup)
       : params_(params),
         layout_(layout),
         warpgroup_(warpgroup),
-        first_panel_(first_panel),
-        first_unit_(first_unit),
         elected_((threadIdx.x & 31) == 0) {}
 
-  // The sums are looked after meanwhile, where they are (SumsUpkeep).
-  template <class Upkeep>
-  __device__ __forceinline__ void run(Upkeep upkeep) {
+  __device__ __forceinline__ void run() {
     for_each_tile([&](int tile) {
+      if (elected_ && params_.zeroed != nullptr) {
+        zero_ahead<kBackwardTiles[kTileIndex]>(params_, tile, layout_.zeros, warpgroup_);
+        await_zeros(params_, tile);
+      }
+      __syncwarp();
       with_steps(tile, [&](const BackwardWork&, const Blocks& blocks, int unit, int gap) {
-        for_each_step(blocks, unit, gap, [&](int unit, int) {
-#pragma unroll 1
-          for (int panel = 0; panel < kPanels; ++panel)
-            take(unit, panel, kTile.dq_direct, [&] { upkeep.meanwhile(tile); });
-        });
+        for_each_step(blocks, unit, gap, [&](int unit, int) { take(unit, [] {}); });
       });
-      upkeep.end(tile);
     });
-    upkeep.finish();
     if (elected_) ptx::bulk_wait();
   }
 
@@ -258,17 +257,13 @@ class DqTaker {
           ptx::add_release(taken, 1);
         };
         for_each_step(blocks, unit, gap, [&](int unit, int block) {
-          int* const turns = params_.turns + int64_t{unit} * kTile.panels() + first_panel_;
-          const auto take_turn = [&] {
-            if (kTile.tends_sums() && !elected_) return;
+          int* const turns = params_.turns + int64_t{unit} * kTile.panels() + panel();
+          take(unit, [&] {
             pass_on();
             const int turn = turn_of<kBackwardTiles[kTileIndex]>(params_, work, block);
             while (ptx::load_acquire(turns) != turn) {
             }
-          };
-          take(unit, 0, 0, take_turn);
-#pragma unroll 1
-          for (int panel = 1; panel < kPanels; ++panel) take(unit, panel, 0, [] {});
+          });
           taken = turns;
         });
         if (elected_) pass_on();  // before anyone waits for the next tile
@@ -278,9 +273,12 @@ class DqTaker {
 
  private:
   static constexpr BackwardTile kTile = kBackwardTiles[kTileIndex];
-  static constexpr int kChunkBytes = BackwardTile::kDqChunkBytes;
   using Blocks = QueryBlocks<kBackwardTiles[kTileIndex]>;
   using Steps = QuerySteps<kBackwardTiles[kTileIndex]>;
+
+  // Of a step's dQ the warp group has all columns of 64 rows, or a panel of them.
+  __device__ __forceinline__ int first_unit() const { return kTile.splits_rows() ? warpgroup_ : 0; }
+  __device__ __forceinline__ int panel() const { return kTile.splits_rows() ? 0 : warpgroup_; }
 
   template <class Use>
   __device__ __forceinline__ void for_each_tile(const Use& use) {
@@ -295,7 +293,7 @@ class DqTaker {
     const BackwardWork work(params_, tile);
     const Blocks blocks(params_, work);
     const Steps first(params_, work, blocks);
-    if (first.left > 0) use(work, blocks, first.unit + first_unit_, first.gap(params_, blocks));
+    if (first.left > 0) use(work, blocks, first.unit + first_unit(), first.gap(params_, blocks));
   }
 
   // As QuerySteps goes, in fewer registers: use(unit, block of queries).
@@ -310,32 +308,27 @@ class DqTaker {
     }
   }
 
-  // A panel from `first_chunk` on. One thread adds; what is to be done before that, by it or by the
-  // warp if that looks after sums, is done while the warp group fills the buffer.
+  // One thread adds; what is to be done before that, by it, is done while the warp group fills the
+  // buffer.
   template <class Before>
-  __device__ __forceinline__ void take(int unit, int panel, int first_chunk, const Before& before) {
-    panel += first_panel_;
-    const int chunks = min(kPanelColumns, kTile.head_dim - panel * kPanelColumns) / 8;
-    float* const sums = params_.dq_sums + dq_panel(int64_t{unit} * 64, kTile.head_dim, panel);
-    const uint32_t source = layout_.dq + warpgroup_ * kTile.dq_staged * kChunkBytes;
-#pragma unroll 1
-    for (int chunk = first_chunk; chunk < kTile.kDqChunks; chunk += kTile.dq_staged) {
-      ptx::named_barrier_arrive(kDqEmptyBarrier + warpgroup_, kDqThreads);
-      if ((kTile.tends_sums() || elected_) && chunk == first_chunk) before();
-      __syncwarp();  // barriers are for whole warps
-      ptx::named_barrier_sync(kDqFullBarrier + warpgroup_, kDqThreads);
-      if (elected_ && chunk < chunks) {
-        const int count = min(chunks - chunk, kTile.dq_staged);
-        ptx::bulk_reduce_add(sums + chunk * (kChunkBytes / 4), source, count * kChunkBytes);
-        ptx::bulk_wait_read();
-      }
-      __syncwarp();
+  __device__ __forceinline__ void take(int unit, const Before& before) {
+    const int columns = min(kPanelColumns, kTile.head_dim - panel() * kPanelColumns);
+    ptx::named_barrier_arrive(kDqEmptyBarrier + warpgroup_, kDqThreads);
+    if (elected_) before();
+    __syncwarp();  // barriers are for whole warps
+    ptx::named_barrier_sync(kDqFullBarrier + warpgroup_, kDqThreads);
+    if (elected_) {
+      ptx::bulk_reduce_add(
+          params_.dq_sums + dq_panel(int64_t{unit} * 64, kTile.head_dim, panel()),
+          layout_.dq + warpgroup_ * BackwardTile::kDqPanelBytes, 64 * columns * 4);
+      ptx::bulk_wait_read();
     }
+    __syncwarp();
   }
 
   const BackwardParams& params_;
   const Layout& layout_;
-  int warpgroup_, first_panel_, first_unit_;
+  int warpgroup_;
   bool elected_;
 };
 

@@ -50,10 +50,8 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
   workspace.turns = workspace.next_tile + (rows > 0 ? aligned(12) : 0);
   workspace.zeroed =
       workspace.turns + (takes_turns(plan) ? aligned(rows / 64 * tile.panels() * 4) : 0);
-  const int64_t heads = tends_sums(plan) ? int64_t{args.heads_k} * args.batch : 0;
-  workspace.added = workspace.zeroed + heads * 4;
-  workspace.converted = workspace.added + heads * 4;
-  workspace.bytes = workspace.zeroed + aligned(heads * 8 + (tends_sums(plan) ? rows / 64 * 4 : 0));
+  const int64_t heads = rows > 0 && zeroes_ahead(args, plan) ? int64_t{args.heads_k} * args.batch : 0;
+  workspace.bytes = workspace.zeroed + aligned(heads * 4);
   return workspace;
 }
 
@@ -61,8 +59,11 @@ bool takes_turns(const fa4_backward_plan& plan) {
   return plan.deterministic && !kBackwardTiles[plan.tile].has_dq_kernel();
 }
 
-bool tends_sums(const fa4_backward_plan& plan) {
-  return kBackwardTiles[plan.tile].tends_sums() && !plan.deterministic && plan.grid > 0;
+bool zeroes_ahead(const fa4_backward_args& args, const fa4_backward_plan& plan) {
+  // Of longer sequences zeros are a thousandth of the time, and fewer heads would be side by side.
+  constexpr int kMostKeys = 8192;
+  return !kBackwardTiles[plan.tile].has_dq_kernel() && !plan.deterministic && plan.grid > 0 &&
+         args.seq_k <= kMostKeys;
 }
 
 fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocessors) {
@@ -103,8 +104,6 @@ extern "C" int fa4_backward_tile_at(int tile, fa4_backward_tile* result) {
              row.block_n,
              row.q_stages,
              row.do_stages,
-             row.dq_direct,
-             row.dq_staged,
              row.k_stages,
              row.v_stages,
              row.shared_bytes(),

@@ -9,7 +9,7 @@ namespace fa4 {
 // Where the parts of the workspace begin, in bytes; sums of dQ, if there are any, come first.
 struct BackwardWorkspace {
   int64_t negative_lse, delta, next_tile, nan_keys, next_query_tile, turns;
-  int64_t zeroed, added, converted;  // of the sums' upkeep
+  int64_t zeroed;
   int64_t bytes;
 };
 
@@ -21,8 +21,8 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
 // kernel of its own nothing is summed, and they are the same anyway.
 bool takes_turns(const fa4_backward_plan& plan);
 
-// Whether the sums of dQ are looked after in the main kernel.
-bool tends_sums(const fa4_backward_plan& plan);
+// Whether the main kernel zeroes sums of dQ.
+bool zeroes_ahead(const fa4_backward_args& args, const fa4_backward_plan& plan);
 
 // Expects checked arguments.
 fa4_backward_plan plan_backward(const fa4_backward_args& args, int multiprocessors);

@@ -1,11 +1,10 @@
 // Before and after the backward's main kernel, row by row.
 //
 // Before: delta, the row sums of dO * O, and lse in base 2, for all rows that the workspace holds,
-// and zeros where dQ is summed. After: dQ from its sums; and what has come out NaN, once more.
+// and zeros where dQ is summed, if the main kernel does not come to it. After: dQ from its sums; and what has come out NaN, once more.
 // Where dQ has a kernel of its own nothing is summed, and whoever has a row with NaN repairs it.
 #include "backward_launch.h"
 #include "backward_repair.cuh"
-#include "overlap.cuh"
 
 namespace fa4 {
 namespace {
@@ -54,7 +53,6 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kRowsAtOnce = kThreads / kLanes;
   constexpr BackwardTile kTile = any_tile_of(kHeadDim);
   constexpr bool kSumsDq = !kTile.has_dq_kernel();
-  let_next_kernel_begin();
   const RowUnit unit(params);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (params.next_tile != nullptr) *params.next_tile = 0;
@@ -65,19 +63,11 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const int key_head = unit.sequence * params.heads_k + unit.head / params.heads_per_group;
-  if constexpr (kTile.tends_sums()) {
-    const bool is_first = unit.first_row == 0 && unit.head % params.heads_per_group == 0;
-    if (params.zeroed != nullptr && is_first && threadIdx.x == 0)
-      params.zeroed[key_head] = params.added[key_head] = 0;
-  }
+  const bool is_first = unit.first_row == 0 && unit.head % params.heads_per_group == 0;
+  if (params.zeroed != nullptr && is_first && threadIdx.x == 0) params.zeroed[key_head] = 0;
   if (!unit.exists()) return;
 
-  if constexpr (kTile.tends_sums()) {
-    if (params.converted != nullptr && threadIdx.x == 0)
-      params.converted[unit.workspace_row / kUnitRows] = 0;
-  }
-  const bool zeroed_later = kTile.zeroes_ahead() && are_zeroed_ahead(params, key_head);
-  if (kSumsDq && !zeroed_later) {
+  if (kSumsDq && !are_zeroed_ahead(params, key_head)) {
     auto* sums =
         reinterpret_cast<float4*>(params.dq_sums + dq_panel(unit.workspace_row, kHeadDim, 0));
 #pragma unroll 4
@@ -168,15 +158,9 @@ __device__ __forceinline__ void finish_rows(const BackwardParams& params, const 
 template <int kHeadDim, Element kElement>
 __global__ void __launch_bounds__(kThreads, 4)
     backward_finish(const __grid_constant__ BackwardParams params) {
-  await_earlier_kernel();
   const bool nan_keys = *params.nan_keys != 0;  // read here, for it is needed after a while
   const RowUnit unit(params);
-  bool is_left = unit.first_row < unit.seq_q;
-  if constexpr (any_tile_of(kHeadDim).converts_behind()) {
-    if (is_left && params.converted != nullptr)
-      is_left = params.converted[unit.workspace_row / kUnitRows] == 0;
-  }
-  if (is_left) finish_rows<kHeadDim, kElement>(params, unit);
+  if (unit.first_row < unit.seq_q) finish_rows<kHeadDim, kElement>(params, unit);
   if (nan_keys) {
     constexpr int kWarps = kThreads / 32;
     repair_keys<kElement>(params, blockIdx.x * kWarps + threadIdx.x / 32, gridDim.x * kWarps,
@@ -228,8 +212,9 @@ cudaError_t launch_backward_finish(const BackwardParams& params, int tile_head_d
     if constexpr (any_tile_of(kHeadDim).has_dq_kernel()) {
       return cudaErrorInvalidValue;  // there is nothing to finish
     } else {
-      return launch_behind(backward_finish<kHeadDim, kElement>, units(params, kUnitRows), kThreads,
-                           0, stream, params);
+      backward_finish<kHeadDim, kElement>
+          <<<units(params, kUnitRows), kThreads, 0, stream>>>(params);
+      return cudaGetLastError();
     }
   });
 }

@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_whole_gradient(const BackwardParams& param
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + 8 * r;
     store_row<kElement, kHeadDim>(work.key(tensor, key, work.key_head), key < work.seq_k, x, r,
-                                  scale, 0, params.head_dim, lane, watch[r]);
+                                  scale, params.head_dim, lane, watch[r]);
   }
   const auto has_nan = [&](int r) { return first_key + 8 * r < work.seq_k && watch[r].found(); };
   repair_rows(has_nan, warp_key, [&](int key) {

@@ -11,7 +11,6 @@
 
 #include "backward_math.cuh"
 #include "backward_repair.cuh"
-#include "overlap.cuh"
 
 namespace fa4 {
 
@@ -337,13 +336,12 @@ __device__ __forceinline__ void compute_dq(const BackwardParams& params,
     for (int r = 0; r < 2; ++r) {
       const int query = first_query + 8 * r;
       store_row<kElement, kHeadDim>(work.query(params.dq, query, work.head), query < work.seq_q, dq,
-                                    r, params.scale, 0, params.head_dim, lane, watch[r]);
+                                    r, params.scale, params.head_dim, lane, watch[r]);
     }
     const auto has_nan = [&](int r) {
       return first_query + 8 * r < work.seq_q && watch[r].found();
     };
     repair_rows(has_nan, warp_query, [&](int query) {
-      await_earlier_kernel();  // lse and delta are read past the copy engine
       const int64_t row = workspace_row(params, work.number, work.head, work.q_start) + query;
       repair_query<kElement>(params, work.number, work.head, query, row, lane);
     });
@@ -372,9 +370,6 @@ __global__ void __launch_bounds__(kBackwardTiles[kTileIndex].threads(), 1)
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();
     compute_dq<kTileIndex, kElement>(params, layout, warpgroup - 1);
   }
-  // Needs nothing of the kernel ahead, which has waited for the one that made lse and delta. But
-  // who comes next waits for this one alone.
-  await_earlier_kernel();
 }
 
 }  // namespace fa4

@@ -27,6 +27,7 @@ __device__ __forceinline__ int64_t dq_panel(int64_t workspace_row, int head_dim,
 // Where a tile lies in the order in which they are worked on: of a section's heads first all of one
 // block, then all of the next.
 struct TilePlace {
+  int flat_head;  // of those of all sequences
   int sequence;
   int head;  // of the sequence, of kHeads
   int block;
@@ -37,7 +38,7 @@ struct TilePlace {
     const int rest = tile - index * params.section * params.n_blocks;
     const int wide = min(params.section, heads - index * params.section);
     const int from_first = rest / wide;
-    const int flat_head = index * params.section + rest - from_first * wide;
+    flat_head = index * params.section + rest - from_first * wide;
     block = params.last_block_first ? params.n_blocks - 1 - from_first : from_first;
     sequence = flat_head / sequence_heads;
     head = flat_head - sequence * sequence_heads;

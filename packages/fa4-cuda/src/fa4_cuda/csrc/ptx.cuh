@@ -104,26 +104,9 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
       : "memory");
 }
 
-// The same of what is not needed again.
-__device__ __forceinline__ void bulk_load_last(uint32_t destination, const void* source,
-                                               uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
-      : "memory");
-}
-
 // Ordinary writes to shared memory before, copy engine and tensor cores after.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Read anew wherever it is asked for: for those with few registers.
-__device__ __forceinline__ int lane_id() {
-  int v;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(v));
-  return v;
 }
 
 // ---- registers per thread of a warp group
@@ -193,12 +176,6 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
 
 // ---- global memory shared with other thread blocks
 
-__device__ __forceinline__ void reduce_add(float* address, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a),
-               "f"(b), "f"(c), "f"(d)
-               : "memory");
-}
-
 // Adds `bytes` in a row, a multiple of 16, of floats in shared memory to those in global memory.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source,
                                                 uint32_t bytes) {
@@ -231,11 +208,6 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// The same of all that was committed but the last.
-__device__ __forceinline__ void bulk_wait_but_one() {
-  asm volatile("cp.async.bulk.wait_group 1;" ::: "memory");
-}
-
 __device__ __forceinline__ int load_acquire(const int* address) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
@@ -256,16 +228,6 @@ __device__ __forceinline__ void fence_proxy_async_global() {
 
 __device__ __forceinline__ void add_release(int* address, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
-// ---- kernels that overlap (programmatic dependent launch)
-
-__device__ __forceinline__ void griddepcontrol_wait() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ void griddepcontrol_launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // ---- arithmetic

@@ -1,0 +1,60 @@
+// Zeros for the sums of dQ, under the products, by the warps that take dQ away: the sums of a head
+// are zeroed a few tiles before they are added to, so that they are in L2 when they are.
+//
+// Every tile has a share (SumsShare) in the sums of the head whose tiles come zero_lead later. A
+// counter of each head says how many have zeroed theirs. The kernel before zeroes the sums of the
+// first zero_lead tiles.
+//
+// Both functions are for one thread of such a warp, where a tile begins: the warp group that shares
+// it has a step to make before there is anything to add.
+#pragma once
+
+#include "backward_work.cuh"
+#include "ptx.cuh"
+
+namespace fa4 {
+
+// Warps that share a share, unit by unit.
+constexpr int kZeroingWarps = BackwardTile::kWarpgroups;
+
+// Zeroes the share that falls to a tile, and says so. `zeros`: kZeroBytes of them in shared memory.
+template <BackwardTile const& kTile>
+__device__ __forceinline__ void zero_ahead(const BackwardParams& params, int tile, uint32_t zeros,
+                                           int warp) {
+  constexpr int kUnitBytes = 64 * kTile.head_dim * 4;
+  static_assert(kUnitBytes % BackwardTile::kZeroBytes == 0 && kZeroingWarps == 2);
+  const int later = tile + params.zero_lead;
+  if (later >= params.tiles) return;
+  const TilePlace place(params, later, params.heads_k);
+  const Sequence sequence(params, place.sequence);
+  const SumsShare share(params, sequence, place.block);
+  // A share may be a single unit: not always the same warp's.
+#pragma unroll 1
+  for (int i = share.begin + (warp ^ (tile & 1)); i < share.end; i += kZeroingWarps) {
+    const int head = i / share.units;
+    const int64_t row =
+        workspace_row(params, sequence.number, place.head * params.heads_per_group + head,
+                      sequence.q_start) +
+        (i - head * share.units) * 64;
+    auto* sums = reinterpret_cast<char*>(params.dq_sums + dq_panel(row, kTile.head_dim, 0));
+#pragma unroll 1
+    for (const auto* const end = sums + kUnitBytes; sums < end; sums += BackwardTile::kZeroBytes)
+      ptx::bulk_store(sums, zeros, BackwardTile::kZeroBytes);
+  }
+  ptx::bulk_commit();
+  ptx::bulk_wait();
+  ptx::fence_gpu();  // the wait was for this thread's eyes only
+  ptx::add_relaxed(params.zeroed + place.flat_head, 1);
+}
+
+// Until the sums of a tile's head are zero. Whoever zeroes them does so without waiting for others,
+// and has begun: an earlier tile is that of a thread block that runs, since tiles are drawn.
+__device__ __forceinline__ void await_zeros(const BackwardParams& params, int tile) {
+  if (tile < params.zero_lead) return;
+  const int* const zeroed = params.zeroed + TilePlace(params, tile, params.heads_k).flat_head;
+  while (ptx::load_acquire(zeroed) != kZeroingWarps * params.n_blocks) {
+  }
+  ptx::fence_proxy_async_global();
+}
+
+}  // namespace fa4
