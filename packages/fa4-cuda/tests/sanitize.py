@@ -57,6 +57,10 @@ def main() -> None:
             v[:, -1, :, 3] = torch.inf
             k[:, -2] = torch.nan
             calls += run(call, poison=True)
+        # More tiles than thread blocks.
+        q = randn(80, 130, 4, head_dim)
+        k, v = randn(80, 130, 2, head_dim), randn(80, 130, 2, head_dim)
+        calls += run(AttentionCall(q, k, v, head_dim**-0.5, causal=True))
         q, k, v = randn(203, 2, head_dim), randn(160, 2, head_dim), randn(160, 2, head_dim)
         packed = AttentionCall(
             q,

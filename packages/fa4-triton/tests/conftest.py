@@ -10,7 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -289,6 +289,32 @@ def device(request: pytest.FixtureRequest) -> str:
 def inputs(device: str) -> Callable[..., Inputs]:
     """Makes inputs on `device`: `make_inputs` without its first argument."""
     return lambda **shape: make_inputs(device, **shape)
+
+
+@contextmanager
+def _asking_for(kernels: str) -> Iterator[None]:
+    """As where the environment asks for one kind of kernels, also in processes that tests start."""
+    from fa4_triton import hopper, kernel_set
+
+    def forget() -> None:
+        kernel_set._forward_of.cache_clear()
+        kernel_set._backward_of.cache_clear()
+        kernel_set._looks.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(hopper.KERNELS, kernels)
+        patch.setattr(kernel_set, "ASKED", hopper.asked_for())
+        forget()
+        yield
+    forget()
+
+
+@pytest.fixture(scope="session")
+def asking_for() -> Callable[[str], AbstractContextManager[None]]:
+    """A scope in which "hopper" or "portable" kernels serve all that they can, on a Hopper GPU."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("other GPUs have no other kernels")
+    return _asking_for
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from fa4_triton import flash_attn_func, flash_attn_varlen_func, warmup
 from fa4_triton.kernel_set import TritonKernels
-from flash_attention_registry.sdpa import AttentionCall
+from flash_attention_registry.sdpa import (
+    AttentionCall,
+    dispatch_counts,
+    reset_dispatch_counts,
+)
 from flash_attention_testkit import SdpaResult, assert_sdpa_parity
 
 pytestmark = pytest.mark.gpu
@@ -48,12 +53,51 @@ def attend(inputs: Any) -> list[Tensor]:
 def test_a_thousand_deterministic_repeats_give_the_same_bits(
     inputs: Callable[..., Any], run: Callable[..., SdpaResult], shape: dict[str, Any]
 ) -> None:
-    given = inputs(**shape)
-    first = run(given, causal=True, deterministic=True)
+    assert_repeats(run, inputs(**shape), causal=True)
+
+
+def assert_repeats(run: Callable[..., SdpaResult], given: Any, **mask: Any) -> None:
+    first = run(given, deterministic=True, **mask)
     for _ in range(1000):
-        again = run(given, causal=True, deterministic=True)
+        again = run(given, deterministic=True, **mask)
         for name in FIELDS:
             assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (200, 30)},
+}
+# More tiles than programs; rows from which on a causal tile of head dim 64 is another one.
+DENSE = {"lengths": (1000, 1023), "heads": (8, 2), "batch": 3}
+PACKED = {"lengths": ([17, 1000, 0, 1300], [1023, 113, 5, 1100]), "heads": (16, 4)}
+LONG = {"lengths": (4200, 4223), "heads": (8, 2)}
+HOPPER = [
+    pytest.param(head_dim, mask, shape, id=f"{head_dim}-{mask}-{name}")
+    for name, shape in (("dense", DENSE), ("packed", PACKED))
+    for head_dim in (64, 128, 256)
+    for mask in MASKS
+] + [pytest.param(64, "causal", LONG, id="64-causal-long")]
+
+
+@pytest.mark.parametrize(("head_dim", "mask", "shape"), HOPPER)
+def test_a_thousand_repeats_by_the_hopper_kernels_give_the_same_bits(
+    inputs: Callable[..., Any],
+    run: Callable[..., SdpaResult],
+    asking_for: Callable[[str], AbstractContextManager[None]],
+    head_dim: int,
+    mask: str,
+    shape: dict[str, Any],
+) -> None:
+    """Every forward; of the backwards the one that repeats, the others being the portable ones."""
+    with asking_for("hopper"):
+        reset_dispatch_counts()
+        assert_repeats(run, inputs(**shape, head_dim=head_dim), **MASKS[mask])
+        ran = dispatch_counts().kernels
+    assert ran["fa4-triton's Hopper forward"] == 1001
+    own_backward = head_dim == 256 and shape is DENSE and mask != "window"
+    assert ran.get("fa4-triton's Hopper backward", 0) == (1001 if own_backward else 0)
 
 
 def assert_same(one: Tensor, two: Tensor) -> None:

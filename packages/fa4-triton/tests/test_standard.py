@@ -7,10 +7,10 @@ quick`. See `conftest.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
-import torch
 
 from flash_attention_testkit import ProviderTests
 
@@ -36,23 +36,10 @@ class _Asked(ProviderTests):
     asked: str
 
     @pytest.fixture(autouse=True, scope="class")
-    def kind(self) -> Iterator[None]:
+    def kind(self, asking_for: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
         """As in a process whose environment asks for it, and in those that tests start."""
-        from fa4_triton import hopper, kernel_set
-
-        if torch.cuda.get_device_capability()[0] != 9:
-            pytest.skip("other GPUs have no other kernels")
-
-        def forget() -> None:
-            kernel_set._forward_of.cache_clear()
-            kernel_set._looks.clear()
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(hopper.KERNELS, self.asked)
-            patch.setattr(kernel_set, "ASKED", hopper.asked_for())
-            forget()
+        with asking_for(self.asked):
             yield
-        forget()
 
 
 @pytest.mark.gpu
