@@ -23,7 +23,7 @@ FIGURES = sorted([*BENCHMARKS.glob("*.svg"), *BENCHMARKS.glob("*.png")])
 PAGES = {
     "nvidia-h200-fa4-triton.json": ROOT / "docs/kernels/fa4-triton-portable.md",
     "nvidia-h100-fa4-triton.json": ROOT / "docs/benchmarks.md",
-    "nvidia-h100-fa4-triton-forward.json": ROOT / "docs/kernels/fa4-triton.md",
+    "nvidia-h100-fa4-triton-hopper.json": ROOT / "docs/kernels/fa4-triton.md",
     "nvidia-h100-fa4-cuda.json": ROOT / "docs/kernels/fa4-cuda-forward.md",
     "nvidia-h100-fa4-cuda-backward.json": ROOT / "docs/kernels/fa4-cuda-backward.md",
 }

@@ -6,10 +6,8 @@ and nothing is known to be slower beside them. Where nothing is listed nobody ha
 hand, and they are not recommended.
 
 Speeds are from the records in docs/benchmarks/results, which tests/test_benchmarks.py reads again.
-They have head dims 64, 128 and 256. The forward's is of commit 14c4239 and of a run that did not
-finish: it was ended behind the forward. It is older than windows, packed sequences and the launch
-of today. What is slower besides stands in no record, but in rows of the notebook,
-docs/kernels/fa4-triton.md.
+They have head dims 64, 128 and 256, dense, full and causal, both directions of one finished run.
+What is slower besides stands in no record, but in rows of the notebook, docs/kernels/fa4-triton.md.
 """
 
 from __future__ import annotations
@@ -46,12 +44,12 @@ MEASURED: dict[tuple[int, int], Evidence] = {
     (9, 0): Evidence(
         "cuDNN's attention",
         {
-            "forward": "nvidia-h100-fa4-triton-forward.json",
-            "backward": "nvidia-h100-fa4-triton-backward.json",
+            "forward": "nvidia-h100-fa4-triton-hopper.json",
+            "backward": "nvidia-h100-fa4-triton-hopper.json",
         },
         {
-            "forward": {64: 1.10, 128: 1.10, 256: 1.07},
-            "backward": {64: 1.07, 128: 1.10, 256: 1.25},
+            "forward": {64: 1.09, 128: 1.07, 256: 1.05},
+            "backward": {64: 1.10, 128: 1.12, 256: 1.30},
         },
         "the forward of head dims 136 to 192, which is padded to 256, has 0.83 to 0.92",
     ),
