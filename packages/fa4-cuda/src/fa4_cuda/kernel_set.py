@@ -99,8 +99,8 @@ class CudaKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of one call, whoever ran its forward, on the current stream.
 
-        The workspace is one float32 gradient of the query and two float32 numbers a row, in whole
-        tiles. Keys that are shared by a group of query heads need no more.
+        The workspace is two float32 numbers a row and, up to head dim 128, one float32 gradient of
+        the query, in whole tiles. Keys that are shared by a group of query heads need no more.
 
         Args:
             call: As in the forward.

@@ -249,8 +249,8 @@ class DqTaker {
     for_each_tile([&](int tile) {
       with_steps(tile, [&](const BackwardWork& work, const Blocks& blocks, int unit, int gap) {
         int* taken = nullptr;  // the last turn
-        // The wait is for this thread's eyes only: without the release, 13 instead of 5% slower
-        // than runs without turns, others were seen to add too early where processes share the GPU.
+        // The wait is for this thread's eyes only: without the release others were seen to add too
+        // early where processes share the GPU.
         const auto pass_on = [&] {
           if (taken == nullptr) return;
           ptx::bulk_wait();

@@ -50,7 +50,8 @@ BackwardWorkspace lay_out_workspace(const fa4_backward_args& args, const fa4_bac
   workspace.turns = workspace.next_tile + (rows > 0 ? aligned(12) : 0);
   workspace.zeroed =
       workspace.turns + (takes_turns(plan) ? aligned(rows / 64 * tile.panels() * 4) : 0);
-  const int64_t heads = rows > 0 && zeroes_ahead(args, plan) ? int64_t{args.heads_k} * args.batch : 0;
+  const bool counts = rows > 0 && zeroes_ahead(args, plan);
+  const int64_t heads = counts ? int64_t{args.heads_k} * args.batch : 0;
   workspace.bytes = workspace.zeroed + aligned(heads * 4);
   return workspace;
 }
@@ -60,7 +61,7 @@ bool takes_turns(const fa4_backward_plan& plan) {
 }
 
 bool zeroes_ahead(const fa4_backward_args& args, const fa4_backward_plan& plan) {
-  // Of longer sequences zeros are a thousandth of the time, and fewer heads would be side by side.
+  // Of longer sequences zeros are 1% of the time at most, and fewer heads would be side by side.
   constexpr int kMostKeys = 8192;
   return !kBackwardTiles[plan.tile].has_dq_kernel() && !plan.deterministic && plan.grid > 0 &&
          args.seq_k <= kMostKeys;

@@ -1,8 +1,9 @@
 // Before and after the backward's main kernel, row by row.
 //
 // Before: delta, the row sums of dO * O, and lse in base 2, for all rows that the workspace holds,
-// and zeros where dQ is summed, if the main kernel does not come to it. After: dQ from its sums; and what has come out NaN, once more.
-// Where dQ has a kernel of its own nothing is summed, and whoever has a row with NaN repairs it.
+// and zeros where dQ is summed, but for those that the main kernel makes. After: dQ from its sums;
+// and what has come out NaN, once more. Where dQ has a kernel of its own nothing is summed, and
+// whoever has a row with NaN repairs it.
 #include "backward_launch.h"
 #include "backward_repair.cuh"
 

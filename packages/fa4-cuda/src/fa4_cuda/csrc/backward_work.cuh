@@ -29,7 +29,7 @@ __device__ __forceinline__ int64_t dq_panel(int64_t workspace_row, int head_dim,
 struct TilePlace {
   int flat_head;  // of those of all sequences
   int sequence;
-  int head;  // of the sequence, of kHeads
+  int head;  // of the sequence
   int block;
 
   __device__ __forceinline__ TilePlace(const BackwardParams& params, int tile, int sequence_heads) {
@@ -109,9 +109,9 @@ struct QueryWork : Sequence {
         first_query(place.block * BackwardTile::kQueryRows) {}
 };
 
-// The share of its head's sums that falls to a tile where they are looked after: units of 64 rows,
-// those of one query head of the group after those of another. All tiles of a head together have
-// all of them.
+// The share of its head's sums that a tile has where they are zeroed ahead: units of 64 rows, those
+// of one query head of the group after those of another. All tiles of a head together have all of
+// them.
 struct SumsShare {
   int begin, end;
   int units;  // of a query head
