@@ -663,8 +663,8 @@ def is_found(make: Callable[[], ThreadBlock | QueryThreadBlock], error: type[Exc
 def finishes_in_turns(*, resident: int, causal: bool, draws_first: bool) -> bool:
     """Whether all tiles are done where only some thread blocks fit, each leaving at its end.
 
-    Steps of a tile wait for the turn of their block of queries, as in `run_in_turns`; tiles of eight
-    heads, eight blocks of keys and of queries each, and twelve thread blocks.
+    Steps of a tile wait for the turn of their block of queries, as in `run_in_turns`; tiles of
+    eight heads, eight blocks of keys and of queries each, and twelve thread blocks.
     """
     heads, blocks, grid = 8, 8, 12
     turns = [[0] * blocks for _ in range(heads)]

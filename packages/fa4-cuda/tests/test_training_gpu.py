@@ -212,19 +212,76 @@ def test_packed_sequences_train(native: None, window: tuple[int, int]) -> None:
         assert (grad[200:230] == 0).all()
 
 
+MANY: dict[str, int] = {"batch": 40, "heads_kv": 4, "rows": 513}
+"""More tiles than thread blocks, by far: 800 of 128 keys. Sums of the last heads are zeroed by the
+main kernel up to head dim 128, from about 200 tiles on."""
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are NaN before they are written, and all bits of the workspace are set."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        made = new_empty(tensor, *args, **options)
+        return made.fill_(255 if made.dtype == torch.uint8 else float("nan"))
+
+    def poisoned_like(tensor: Tensor) -> Tensor:
+        return torch.full_like(tensor, float("nan"))
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(kernel_set, "empty_like", poisoned_like)
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("lengths", [(513, 513), (130, 700), (700, 130)], ids=str)
+@pytest.mark.parametrize("window", [(-1, -1), (100, 7)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_more_tiles_than_there_is_room_for(
-    native: None, head_dim: int, lengths: tuple[int, int], causal: bool
+    native: None,
+    head_dim: int,
+    lengths: tuple[int, int],
+    window: tuple[int, int],
+    causal: bool,
 ) -> None:
     """Thread blocks go from one to the next, each with sums of its own."""
-    tensors = leaves(batch=40, heads_kv=4, rows=lengths[0], keys=lengths[1], head_dim=head_dim)
-    out = general(tensors, causal)
+    rows, keys = lengths
+    tensors = leaves(**{**MANY, "rows": rows}, keys=keys, head_dim=head_dim)
+    out = general(tensors, causal, window)
     grad_out = randn(*out.shape)
     grads = torch.autograd.grad(out, tensors, grad_out)
     assert_both_served(GENERAL, GENERAL_BACKWARD)
-    assert_right(lengths, out, grads, tensors, grad_out, causal=causal)
+    left, right = (None if bound < 0 else bound for bound in window)
+    assert_right(
+        lengths,
+        out,
+        grads,
+        tensors,
+        grad_out,
+        causal=causal,
+        window_left=left,
+        window_right=None if causal else right,
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_packed_sequences_of_more_tiles_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int
+) -> None:
+    """Most are far shorter than the longest, and some have no rows or no keys."""
+    lengths = [(0, 0), *((37 * i % 300, 53 * i % 500) for i in range(60))]
+    edges = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows, keys = edges[-1].tolist()
+    queries_at, keys_at = edges.T.contiguous().cuda()
+    shapes = (rows, 8, head_dim), *((keys, 4, head_dim),) * 2
+    tensors = [randn(*shape).requires_grad_() for shape in shapes]
+    out = fa4_cuda.flash_attn_varlen_func(*tensors, queries_at, keys_at, 300, 500, causal=True)
+    assert isinstance(out, Tensor)
+    grad_out = randn(*out.shape)
+    with monkeypatch.context() as patch:
+        poison_new_memory(patch)
+        grads = torch.autograd.grad(out, tensors, grad_out)
+    offsets = {"cu_seqlens_query": queries_at, "cu_seqlens_key": keys_at}
+    assert_right("packed", out, grads, tensors, grad_out, causal=True, **offsets)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -301,15 +358,11 @@ def test_other_gradients_are_whole_and_differ_by_less_than_they_may_be_off(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, causal: bool
 ) -> None:
     """The order of sums differs from run to run; a race would show as more, or as a NaN."""
-    tensors = leaves(batch=4, rows=1111, head_dim=head_dim)
+    tensors = leaves(**MANY, head_dim=head_dim)
     out = fa4_cuda.flash_attn_func(*tensors, causal=causal)
     assert isinstance(out, Tensor)
     grad_out = randn(*out.shape)
-
-    def poisoned(tensor: Tensor) -> Tensor:
-        return torch.full_like(tensor, float("nan"))
-
-    monkeypatch.setattr(kernel_set, "empty_like", poisoned)
+    poison_new_memory(monkeypatch)
     again = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
     least, most = ([grad.clone() for grad in again] for _ in range(2))
     for _ in range(1000):
@@ -420,13 +473,16 @@ def test_what_is_not_finite_reaches_who_sees_it_and_nobody_else(
 
 
 @SPOILT
-def test_a_packed_sequence_that_is_not_finite_spoils_no_other(native: None, name: str) -> None:
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_packed_sequence_that_is_not_finite_spoils_no_other(
+    native: None, name: str, head_dim: int
+) -> None:
     lengths = [(100, 37), (130, 200), (0, 5), (3, 0), (60, 70)]
     edges = torch.tensor(lengths).cumsum(0, dtype=torch.int32)
     offsets = F.pad(edges.T, (1, 0)).contiguous().cuda()
     rows, keys = edges[-1].tolist()
-    tensors = [randn(n, 4, 128).requires_grad_() for n in (rows, keys, keys)]
-    grad_out = randn(rows, 4, 128)
+    tensors = [randn(n, 4, head_dim).requires_grad_() for n in (rows, keys, keys)]
+    grad_out = randn(rows, 4, head_dim)
 
     def gradients() -> Grads:
         out = aten._flash_attention_forward(
@@ -600,6 +656,31 @@ def test_a_training_step_in_a_cuda_graph(native: None) -> None:
             graph.replay()
         for one, other in zip(captured, step(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_graph_of_more_tiles_than_there_is_room_for_begins_with_zero_each_time() -> None:
+    tensors = leaves(**MANY)
+    out = fa4_cuda.flash_attn_func(*tensors, causal=True)
+    assert isinstance(out, Tensor)
+    grad_out = randn(*out.shape)
+
+    def step() -> Grads:
+        return torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        grad_out.copy_(randn(*grad_out.shape))
+        for grad in captured:
+            grad.fill_(float("nan"))
+        graph.replay()
+        assert_right("replayed", out, captured, tensors, grad_out, causal=True)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

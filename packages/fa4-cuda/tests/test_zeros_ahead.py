@@ -115,6 +115,8 @@ FAULTS = {
     "zeroes a part of a unit": ("const end = sums + kUnitBytes;", "const end = sums + 4096;"),
     "tells of zeros too early": ("  ptx::bulk_wait();\n", ""),
     "does not make a group of zeros": ("  ptx::bulk_commit();\n", ""),
+    "tells nobody but itself": ("  ptx::fence_gpu();", "  //"),
+    "tells its threads but not the copy engine": ("  ptx::fence_proxy_async_global();\n", ""),
 }
 
 

@@ -1,5 +1,5 @@
-// Zeros for dQ's sums (backward_zeros.cuh) by the host compiler, between additions as the warps make
-// them that take dQ away: every sum begins with zero, and nothing is zeroed that has been added to.
+// Zeros for dQ's sums (backward_zeros.cuh) by the host compiler, between additions by the warps that
+// take dQ away: every sum begins with zero, and nothing is zeroed that has been added to.
 //
 // Reads calls from its input, a line each, and says of each what was wrong, or "right" and how many
 // heads of how many were zeroed ahead.

@@ -29,6 +29,8 @@ struct Fiber {
   std::function<void()> body;
   int group = 0;  // of copies
   bool done = false;
+  bool has_told = true;  // others what it has waited for, by a fence: all of it
+  bool has_seen = true;  // what others have told, by a fence of the copy engine
 };
 
 // All of a launch.
@@ -112,6 +114,7 @@ inline void bulk_store(void* destination, uint32_t, uint32_t bytes) {
 inline void bulk_commit() { ++machine->fiber().group; }
 // Its source is gone when it has been asked for: in the kernel that is waited for.
 inline void bulk_reduce_add(float* destination, std::vector<float> values) {
+  if (!machine->fiber().has_seen) throw host::Error{"adds to what the copy engine may not see"};
   machine->copies.push_back({machine->current, machine->fiber().group, true, [=] {
                                for (size_t i = 0; i < values.size(); ++i)
                                  destination[i] += values[i];
@@ -128,19 +131,22 @@ inline void bulk_wait() {
   const int end = machine->fiber().group;
   while (are_under_way([=](const host::Copy& copy) { return copy.group < end; }))
     machine->yield();
+  machine->fiber().has_told = false;
 }
 
 inline int load_acquire(const int* address) {
   machine->yield();
+  machine->fiber().has_seen = false;
   return *address;
 }
 inline void add_relaxed(int* address, int value) {
   if (are_under_way([](const host::Copy& copy) { return !copy.is_addition; }))
     throw host::Error{"tells of what is still under way"};
+  if (!machine->fiber().has_told) throw host::Error{"tells of what only it has seen"};
   *address += value;
   ++machine->moves;
 }
-inline void fence_gpu() {}
-inline void fence_proxy_async_global() {}
+inline void fence_gpu() { machine->fiber().has_told = true; }
+inline void fence_proxy_async_global() { machine->fiber().has_seen = true; }
 
 }  // namespace fa4::ptx

@@ -20,7 +20,7 @@ struct BackwardKernels {
 template <int kHeadDim>
 BackwardKernels backward_kernels(int tile, Element element);
 
-// Before the main kernel: row sums of dO * O, lse in base 2, zeros where dQ is summed.
+// Before the main kernel: row sums of dO * O, lse in base 2, zeros where that does not make them.
 cudaError_t launch_backward_prepare(const BackwardParams& params, int tile_head_dim,
                                     Element element, cudaStream_t stream);
 // After it, where dQ has no kernel of its own: dQ from its sums.

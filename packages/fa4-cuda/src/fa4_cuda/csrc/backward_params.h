@@ -32,12 +32,12 @@ struct BackwardParams {
   int section;   // heads whose blocks are worked on side by side
   int last_block_first;
   int tiles;       // blocks of all heads of all sequences
-  int* next_tile;  // drawn so far, beyond the first of each thread block; null: they are dealt out
+  int* next_tile;  // drawn so far, maybe beyond the first of each thread block; null: dealt out
   int* next_query_tile;  // the same of dQ's own kernel
   // Zeros by the main kernel (backward_zeros.cuh). Of every key head of every sequence: how many
   // warps have zeroed their share of its sums; null where the kernel before zeroes all.
   int* zeroed;
-  int zero_lead;  // tiles between one and that whose share of sums it zeroes
+  int zero_lead;  // tiles between one and that whose share of sums it zeroes: whole sections
 };
 
 }  // namespace fa4

@@ -86,7 +86,7 @@ struct BackwardLayout {
 
 // Named barriers of the backward, both warp groups' unless said otherwise. 0 is __syncthreads.
 constexpr int kClearedBarrier = 1;  // rows of others are zero
-constexpr int kOwnBarrier = 2;      // + warp group: its own threads
+constexpr int kOwnBarrier = 2;      // of the warp group that makes P where each has a gradient
 constexpr int kDqFullBarrier = 4;   // + warp group: a panel of its dQ is in shared memory
 constexpr int kDqEmptyBarrier = 6;  // + warp group: and may be overwritten
 constexpr int kDqThreads = 128 + 32;  // a warp group and the warp that takes its dQ away

@@ -47,8 +47,9 @@ __device__ __forceinline__ void zero_ahead(const BackwardParams& params, int til
   ptx::add_relaxed(params.zeroed + place.flat_head, 1);
 }
 
-// Until the sums of a tile's head are zero. Whoever zeroes them does so without waiting for others,
-// and has begun: an earlier tile is that of a thread block that runs, since tiles are drawn.
+// Until the sums of a tile's head are zero. They are zeroed where earlier tiles begin, and every
+// thread block, each of which runs, since tiles are drawn, takes its tiles in ascending order: so
+// the first tile of those that wait has its zeros.
 __device__ __forceinline__ void await_zeros(const BackwardParams& params, int tile) {
   if (tile < params.zero_lead) return;
   const int* const zeroed = params.zeroed + TilePlace(params, tile, params.heads_k).flat_head;
