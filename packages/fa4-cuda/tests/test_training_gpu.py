@@ -632,6 +632,18 @@ def test_dropout_is_stocks_in_both_directions(backend: SDPBackend) -> None:
     assert counts.declined == 2
 
 
+def captured(step: Callable[[], Grads]) -> tuple[torch.cuda.CUDAGraph, Grads]:
+    """A graph of a step that has been warmed up, and what replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
 def test_a_training_step_in_a_cuda_graph(native: None) -> None:
     tensors = leaves(rows=512)
     grad_out = randn(2, 512, 8, 128)
@@ -640,21 +652,14 @@ def test_a_training_step_in_a_cuda_graph(native: None) -> None:
         out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=True)
         return torch.autograd.grad(out, tensors, grad_out)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
     with asking_for_determinism():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, grads = captured(step)
         with torch.no_grad():
             for tensor in tensors:
                 tensor.copy_(randn(*tensor.shape))
         for _ in range(3):
             graph.replay()
-        for one, other in zip(captured, step(), strict=True):
+        for one, other in zip(grads, step(), strict=True):
             assert torch.equal(one, other)
 
 
@@ -667,20 +672,13 @@ def test_a_graph_of_more_tiles_than_there_is_room_for_begins_with_zero_each_time
     def step() -> Grads:
         return torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, grads = captured(step)
     for _ in range(3):
         grad_out.copy_(randn(*grad_out.shape))
-        for grad in captured:
+        for grad in grads:
             grad.fill_(float("nan"))
         graph.replay()
-        assert_right("replayed", out, captured, tensors, grad_out, causal=True)
+        assert_right("replayed", out, grads, tensors, grad_out, causal=True)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -73,7 +73,7 @@ int section_of(const fa4_backward_args& args, const BackwardTile& tile, Mask mas
   const int sum_bytes = tile.has_dq_kernel() ? 0 : 4;
   const int64_t head_bytes = int64_t{std::max(1, args.seq_q)} * std::max(1, group_of(args)) *
                              tile.head_dim * (2 * kElementBytes + sum_bytes);
-  // Zeros are there a section earlier: of half as many.
+  // Zeros are there a section earlier, so there is room for half as many.
   return heads_in_l2(zeroes_ahead(args, plan) ? 2 * head_bytes : head_bytes);
 }
 
@@ -155,7 +155,7 @@ int launch(const fa4_backward_args& args, const fa4_backward_plan& plan) {
     if (zeroes) {
       params.zeroed = reinterpret_cast<int*>(memory + workspace.zeroed);
       // Zeros are asked for where a tile begins: a grid and a half ahead is time enough. In whole
-      // sections, so that a head's are zeroed by tiles of one that is done before it begins.
+      // sections, so that all tiles that zero a head's sums come before the first that adds to them.
       const int section = params.section * params.n_blocks;
       params.zero_lead = (plan.grid + plan.grid / 2 + section - 1) / section * section;
     }

@@ -109,26 +109,6 @@ struct QueryWork : Sequence {
         first_query(place.block * BackwardTile::kQueryRows) {}
 };
 
-// The share of its head's sums that a tile has where they are zeroed ahead: units of 64 rows, those
-// of one query head of the group after those of another. All tiles of a head together have all of
-// them.
-struct SumsShare {
-  int begin, end;
-  int units;  // of a query head
-
-  static __device__ __forceinline__ int units_of(const Sequence& sequence) {
-    return (sequence.seq_q + 63) / 64;
-  }
-  __device__ __forceinline__ SumsShare(const BackwardParams& params, const Sequence& sequence,
-                                       int block)
-      : units(units_of(sequence)) {
-    const int all = units * params.heads_per_group;
-    const int wide = (all + params.n_blocks - 1) / params.n_blocks;
-    begin = min(all, block * wide);
-    end = min(all, begin + wide);
-  }
-};
-
 // Whether the main kernel zeroes the sums of a key head, counted over all sequences; those of the
 // first zero_lead tiles are zeroed before it.
 __device__ __forceinline__ bool are_zeroed_ahead(const BackwardParams& params, int key_head) {

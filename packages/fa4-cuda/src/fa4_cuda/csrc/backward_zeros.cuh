@@ -1,7 +1,8 @@
 // Zeros for the sums of dQ, under the products, by the warps that take dQ away: the sums of a head
 // are zeroed a few tiles before they are added to, so that they are in L2 when they are.
 //
-// Every tile has a share (SumsShare) in the sums of the head whose tiles come zero_lead later. A
+// Every tile has a share in the sums of the key head whose tiles come zero_lead later: units of 64
+// rows, of all query heads of the group. All tiles of a head together have all of them, and a
 // counter of each head says how many have zeroed theirs. The kernel before zeroes the sums of the
 // first zero_lead tiles.
 //
@@ -27,19 +28,22 @@ __device__ __forceinline__ void zero_ahead(const BackwardParams& params, int til
   if (later >= params.tiles) return;
   const TilePlace place(params, later, params.heads_k);
   const Sequence sequence(params, place.sequence);
-  const SumsShare share(params, sequence, place.block);
+  const int units = (sequence.seq_q + 63) / 64;
+  const int share = (units + params.n_blocks - 1) / params.n_blocks;
+  const int end = min(units, (place.block + 1) * share);
+  const int64_t first_row = workspace_row(params, sequence.number,
+                                          place.head * params.heads_per_group, sequence.q_start);
   // A share may be a single unit: not always the same warp's.
 #pragma unroll 1
-  for (int i = share.begin + (warp ^ (tile & 1)); i < share.end; i += kZeroingWarps) {
-    const int head = i / share.units;
-    const int64_t row =
-        workspace_row(params, sequence.number, place.head * params.heads_per_group + head,
-                      sequence.q_start) +
-        (i - head * share.units) * 64;
-    auto* sums = reinterpret_cast<char*>(params.dq_sums + dq_panel(row, kTile.head_dim, 0));
+  for (int unit = place.block * share + (warp ^ (tile & 1)); unit < end; unit += kZeroingWarps) {
+    float* sums = params.dq_sums + dq_panel(first_row + unit * 64, kTile.head_dim, 0);
 #pragma unroll 1
-    for (const auto* const end = sums + kUnitBytes; sums < end; sums += BackwardTile::kZeroBytes)
-      ptx::bulk_store(sums, zeros, BackwardTile::kZeroBytes);
+    for (int head = 0; head < params.heads_per_group; ++head) {
+#pragma unroll
+      for (int byte = 0; byte < kUnitBytes; byte += BackwardTile::kZeroBytes)
+        ptx::bulk_store(sums + byte / 4, zeros, BackwardTile::kZeroBytes);
+      sums += params.workspace_rows * kTile.head_dim;
+    }
   }
   ptx::bulk_commit();
   ptx::bulk_wait();
