@@ -180,6 +180,15 @@ def test_zeros_are_told_behind_a_fence_and_added_to_behind_another(summing_sass:
         assert "FENCE.VIEW.ASYNC" in seen[: seen.index("UBLKRED")]
 
 
+def test_who_takes_turns_lets_the_copy_engine_see_the_last(summing_sass: list[str]) -> None:
+    for text in summing_sass:
+        waits = [*re.finditer(r"LDG\S*STRONG\.GPU", text)]
+        assert len(waits) == 2, "for turns, and for zeros"
+        for wait in waits:
+            waited = text[wait.start() :]
+            assert "FENCE.VIEW.ASYNC" in waited[: waited.index("UBLKRED")]
+
+
 WIDE_PRODUCT = r"HGMMA\.64x(?:192|256)x16\S* R\d+, "
 
 

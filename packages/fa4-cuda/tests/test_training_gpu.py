@@ -506,27 +506,31 @@ def test_a_packed_sequence_that_is_not_finite_spoils_no_other(
 
 
 def test_a_step_that_has_overflown_is_not_slow(native: None) -> None:
-    """As loss scaling has them: what cannot be mended is not computed again."""
+    """As loss scaling has them: what cannot be mended is not computed again.
+
+    Thirty usual steps take longer, also where processes share the GPU.
+    """
     tensors = leaves(2, 16, 16, 4096)
     out = sdpa(tensors, SDPBackend.FLASH_ATTENTION, is_causal=True)
 
-    def milliseconds(grad_out: Tensor) -> float:
+    def milliseconds(grad_out: Tensor, steps: int) -> float:
         times = []
         for _ in range(3):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+            for _ in range(steps):
+                torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
         return min(times)
 
     grad_out = randn(*out.shape)
-    usual = milliseconds(grad_out)
+    usual = milliseconds(grad_out, steps=30)
     for rows in (slice(None), slice(2048, 2049), slice(4095, None)):
         overflown = grad_out.clone()
         overflown[:, rows] = float("inf")
-        assert milliseconds(overflown) < 30 * usual
+        assert milliseconds(overflown, steps=1) < usual
 
 
 def test_memory_is_one_float32_dq_and_two_numbers_a_row(native: None) -> None:
@@ -665,20 +669,20 @@ def test_a_training_step_in_a_cuda_graph(native: None) -> None:
 
 def test_a_graph_of_more_tiles_than_there_is_room_for_begins_with_zero_each_time() -> None:
     tensors = leaves(**MANY)
-    out = fa4_cuda.flash_attn_func(*tensors, causal=True)
-    assert isinstance(out, Tensor)
-    grad_out = randn(*out.shape)
+    grad_out = randn(*tensors[0].shape)
 
     def step() -> Grads:
-        return torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        out = fa4_cuda.flash_attn_func(*tensors, causal=True)
+        assert isinstance(out, Tensor)
+        return (out.detach(), *torch.autograd.grad(out, tensors, grad_out))
 
-    graph, grads = captured(step)
+    graph, (out, *grads) = captured(step)
     for _ in range(3):
         grad_out.copy_(randn(*grad_out.shape))
-        for grad in grads:
-            grad.fill_(float("nan"))
+        for result in (out, *grads):
+            result.fill_(float("nan"))
         graph.replay()
-        assert_right("replayed", out, grads, tensors, grad_out, causal=True)
+        assert_right("replayed", out, tuple(grads), tensors, grad_out, causal=True)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -114,9 +114,9 @@ FAULTS = {
     ),
     "zeroes a part of a unit": ("byte < kUnitBytes;", "byte < 4096;"),
     "zeroes behind the last unit": ("min(units, (place", "min(units + 1, (place"),
-    "tells of zeros too early": ("  ptx::bulk_wait();\n", ""),
-    "does not make a group of zeros": ("  ptx::bulk_commit();\n", ""),
-    "tells nobody but itself": ("  ptx::fence_gpu();", "  //"),
+    "tells of zeros too early": ("    ptx::bulk_wait();\n", ""),
+    "does not make a group of zeros": ("    ptx::bulk_commit();\n", ""),
+    "waits for one warp's zeros only": ("if (begin < end)", "if (warp == 0)"),
     "tells its threads but not the copy engine": ("  ptx::fence_proxy_async_global();\n", ""),
 }
 

@@ -29,7 +29,6 @@ struct Fiber {
   std::function<void()> body;
   int group = 0;  // of copies
   bool done = false;
-  bool has_told = true;  // others what it has waited for, by a fence: all of it
   bool has_seen = true;  // what others have told, by a fence of the copy engine
 };
 
@@ -131,7 +130,6 @@ inline void bulk_wait() {
   const int end = machine->fiber().group;
   while (are_under_way([=](const host::Copy& copy) { return copy.group < end; }))
     machine->yield();
-  machine->fiber().has_told = false;
 }
 
 inline int load_acquire(const int* address) {
@@ -139,14 +137,12 @@ inline int load_acquire(const int* address) {
   machine->fiber().has_seen = false;
   return *address;
 }
-inline void add_relaxed(int* address, int value) {
+inline void add_release(int* address, int value) {
   if (are_under_way([](const host::Copy& copy) { return !copy.is_addition; }))
     throw host::Error{"tells of what is still under way"};
-  if (!machine->fiber().has_told) throw host::Error{"tells of what only it has seen"};
   *address += value;
   ++machine->moves;
 }
-inline void fence_gpu() { machine->fiber().has_told = true; }
 inline void fence_proxy_async_global() { machine->fiber().has_seen = true; }
 
 }  // namespace fa4::ptx

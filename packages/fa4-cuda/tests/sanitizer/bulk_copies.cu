@@ -1,10 +1,11 @@
 // What compute-sanitizer's racecheck makes of cp.async.bulk: a ring of two buffers, filled by plain
 // bulk copies and read by one warp, which lets go of a buffer when all its lanes have read it and
 // used what they read: every lane arrives, or (`elected`) one does, behind __syncwarp. Nothing
-// races; `plain` copies by ordinary stores instead, for comparison.
+// races. For comparison: `plain` copies by ordinary stores of one thread, `handed` by those of a
+// warp, of which one lane arrives for all, behind __syncwarp.
 //
 //     nvcc -gencode=arch=compute_90a,code=sm_90a -o bulk_copies bulk_copies.cu
-//     compute-sanitizer --tool racecheck ./bulk_copies [plain | elected]
+//     compute-sanitizer --tool racecheck ./bulk_copies [plain | elected | handed]
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -29,7 +30,7 @@ __device__ void wait(uint32_t barrier, int parity) {
   }
 }
 
-enum class Way { kBulk, kPlain, kElected };
+enum class Way { kBulk, kPlain, kElected, kHanded };
 
 __global__ void ring(const float* source, float* sums, Way way) {
   __shared__ alignas(128) float buffers[2][kWords];
@@ -46,7 +47,16 @@ __global__ void ring(const float* source, float* sums, Way way) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (way == Way::kHanded && threadIdx.x < 32) {
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = round & 1, phase = round >> 1 & 1;
+      wait(address(&barriers[2 + at]), phase ^ 1);
+      for (int i = threadIdx.x; i < kWords; i += 32)
+        buffers[at][i] = source[round * kWords + i];
+      __syncwarp();
+      if (threadIdx.x == 0) arrive(address(&barriers[at]));
+    }
+  } else if (threadIdx.x == 0) {
     for (int round = 0; round < kRounds; ++round) {
       const int at = round & 1, phase = round >> 1 & 1;
       const uint32_t full = address(&barriers[at]);
@@ -87,6 +97,7 @@ int main(int argc, char** argv) {
   const char* name = argc > 1 ? argv[1] : "bulk";
   const Way way = !std::strcmp(name, "plain")     ? Way::kPlain
                   : !std::strcmp(name, "elected") ? Way::kElected
+                  : !std::strcmp(name, "handed")  ? Way::kHanded
                                                   : Way::kBulk;
   ring<<<1, 64>>>(source, sums, way);
   cudaMemcpy(found, sums, sizeof found, cudaMemcpyDeviceToHost);

@@ -263,6 +263,7 @@ class DqTaker {
             const int turn = turn_of<kBackwardTiles[kTileIndex]>(params_, work, block);
             while (ptx::load_acquire(turns) != turn) {
             }
+            ptx::fence_proxy_async_global();
           });
           taken = turns;
         });

@@ -34,8 +34,9 @@ __device__ __forceinline__ void zero_ahead(const BackwardParams& params, int til
   const int64_t first_row = workspace_row(params, sequence.number,
                                           place.head * params.heads_per_group, sequence.q_start);
   // A share may be a single unit: not always the same warp's.
+  const int begin = place.block * share + (warp ^ (tile & 1));
 #pragma unroll 1
-  for (int unit = place.block * share + (warp ^ (tile & 1)); unit < end; unit += kZeroingWarps) {
+  for (int unit = begin; unit < end; unit += kZeroingWarps) {
     float* sums = params.dq_sums + dq_panel(first_row + unit * 64, kTile.head_dim, 0);
 #pragma unroll 1
     for (int head = 0; head < params.heads_per_group; ++head) {
@@ -45,10 +46,12 @@ __device__ __forceinline__ void zero_ahead(const BackwardParams& params, int til
       sums += params.workspace_rows * kTile.head_dim;
     }
   }
-  ptx::bulk_commit();
-  ptx::bulk_wait();
-  ptx::fence_gpu();  // the wait was for this thread's eyes only
-  ptx::add_relaxed(params.zeroed + place.flat_head, 1);
+  if (begin < end) {
+    ptx::bulk_commit();
+    ptx::bulk_wait();
+  }
+  // The wait was for this thread's eyes only: hence the release.
+  ptx::add_release(params.zeroed + place.flat_head, 1);
 }
 
 // Until the sums of a tile's head are zero. They are zeroed where earlier tiles begin, and every

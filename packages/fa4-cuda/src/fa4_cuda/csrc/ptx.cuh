@@ -214,20 +214,14 @@ __device__ __forceinline__ int load_acquire(const int* address) {
   return v;
 }
 
-__device__ __forceinline__ void add_relaxed(int* address, int value) {
-  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+// What this thread has seen before, others see who acquire what it adds.
+__device__ __forceinline__ void add_release(int* address, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
-
-// What this thread has seen before, others see who have acquired what it writes after.
-__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // What other thread blocks wrote and this thread has acquired, for the copy engine to see.
 __device__ __forceinline__ void fence_proxy_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
-}
-
-__device__ __forceinline__ void add_release(int* address, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // ---- arithmetic
