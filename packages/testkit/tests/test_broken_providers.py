@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))  # packages' tests are no packages themselves
 
 from broken import BROKEN, let_appear, unexpected, unmatched
-from standard_run import failed_tests, processes
+from standard_run import Appear, failed_tests, processes
 
 Runs: TypeAlias = Mapping[str, "Future[dict[str, str]]"]
 """What fails of the standard tests, by the name of the provider; the runs go on meanwhile."""
@@ -35,16 +35,23 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
         if item.path == request.path and not item.get_closest_marker("skip")
     ]
     with ExitStack() as stack:
-        pools = {
-            gpu: stack.enter_context(processes(gpu=gpu))
-            for gpu in {BROKEN[name].gpu for name in wanted}
-        }
+        pools: dict[bool, Executor] = {}
+        for gpu in {BROKEN[name].gpu for name in wanted}:
+            pools[gpu] = stack.enter_context(ThreadPoolExecutor(1) if gpu else processes(gpu=False))
         yield {
             name: pools[BROKEN[name].gpu].submit(
-                failed_tests, partial(let_appear, name), "--flash-attention-grid=quick"
+                _failed_alone if BROKEN[name].gpu else failed_tests,
+                partial(let_appear, name),
+                "--flash-attention-grid=quick",
             )
             for name in wanted
         }
+
+
+def _failed_alone(appear: Appear, *arguments: str) -> dict[str, str]:
+    """What fails, in a new process: of a capture that failed torch's allocator keeps all memory."""
+    with processes(gpu=True) as pool:
+        return pool.submit(failed_tests, appear, *arguments).result()
 
 
 @pytest.mark.parametrize("name", NAMES)

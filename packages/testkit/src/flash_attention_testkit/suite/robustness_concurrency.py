@@ -220,7 +220,9 @@ def _captured(
         run_call(subject, call, inputs.grad_out)
     torch.cuda.current_stream(subject.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # From a capture that fails torch does not return to the stream of before: later tests would
+    # run on its stream.
+    with torch.cuda.stream(torch.cuda.current_stream(subject.device)), torch.cuda.graph(graph):
         results = run_call(subject, call, inputs.grad_out)
     return graph, results
 
